@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: MIT
+"""Curves from run folders: python results/plot.py NAME runs/A runs/B ... [--published BENCHMARK,METHOD,TASK] [--window 10]
+
+Reads the TensorBoard files of the runs, writes NAME.csv (one row per training episode) and NAME.png next to this file.
+A published curve comes from published.csv (columns benchmark, method, task, step, mean), if that file is here.
+Needs matplotlib, which the algorithms do not: pip install matplotlib
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+HERE = Path(__file__).parent
+
+
+def episodes(run):
+    """-> rows (policy step, frames, seconds since the start, return) of every training episode."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    frames = events.Scalars("charts/frames")[-1]
+    repeat = frames.value / frames.step
+    start = events.FirstEventTimestamp()
+    points = events.Scalars("charts/episodic_return")
+    return [(x.step, int(x.step * repeat), round(x.wall_time - start, 1), round(x.value, 4)) for x in points]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--published", help="BENCHMARK,METHOD,TASK of published.csv")
+    parser.add_argument("--window", type=int, default=10, help="episodes in the running mean")
+    args = parser.parse_args()
+    figure, axes = plt.subplots(figsize=(6, 4))
+    with open(HERE / f"{args.name}.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "policy_step", "frames", "seconds", "return"])
+        for run in args.runs:
+            rows = episodes(run)
+            writer.writerows([run.name, *row] for row in rows)
+            _, frames, _, returns = np.array(rows).T
+            mean = [returns[max(0, i + 1 - args.window) : i + 1].mean() for i in range(len(returns))]
+            (line,) = axes.plot(frames, mean, label=run.name.rsplit("__", 1)[0])
+            axes.plot(frames, returns, ".", color=line.get_color(), alpha=0.25, markersize=3)
+    if args.published:
+        with open(HERE / "published.csv") as file:
+            rows = [row for row in csv.DictReader(file) if args.published.split(",") == list(row.values())[:3]]
+        axes.plot(
+            [int(r["step"]) for r in rows], [float(r["mean"]) for r in rows], "k--", label="published " + args.published
+        )
+    axes.set(
+        xlabel="environment frames", ylabel=f"return of training episodes (mean of {args.window})", title=args.name
+    )
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(HERE / f"{args.name}.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -453,8 +453,10 @@ class Actor(Head):
 
     def sample(self, feat):
         """-> action (..., A). A Box sample may exceed +-1: environment and model clip it, its log-density does not."""
-        dist = self.dist(feat)
-        return sample_onehot(*dist) if self.discrete else torch.normal(*dist)
+        if self.discrete:
+            return sample_onehot(*self.dist(feat))
+        mean, std = self.dist(feat)
+        return mean + std * torch.randn_like(mean)  # torch.normal would wait for the device to check std
 
     def mode(self, feat):
         """-> the most likely action (..., A)."""
@@ -777,7 +779,8 @@ class Agent(nn.Module):
             self.static_batch, self.graph = {key: x.clone() for key, x in batch.items()}, torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.static_stats = self.step(self.static_batch)
-        torch._foreach_copy_([self.static_batch[key] for key in batch], list(batch.values()))
+        for key, x in batch.items():
+            self.static_batch[key].copy_(x)
         self.graph.replay()
         for key in ("deter", "stoch"):
             batch[key].copy_(self.static_batch[key])
@@ -993,7 +996,11 @@ def atari_envs(env_id, num_envs, args, **kwargs):
 # SHARED(dreamerv3): make_envs
 def make_envs(env_id, num_envs, seed, args):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
-    kwargs, family = json.loads(args.env_kwargs), env_id.split("/")[0]
+    family = env_id.split("/")[0]
+    try:
+        kwargs = dict(json.loads(args.env_kwargs))
+    except (ValueError, TypeError):
+        fail(f"--env-kwargs {args.env_kwargs}: allowed: a JSON object, such as '{{\"continuous\": true}}'")
     if family == "ALE":
         import ale_py
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Curves from run folders: python results/plot.py NAME runs/A runs/B ... [--published BENCHMARK,METHOD,TASK] [--window 10]
+"""Curves: python results/plot.py NAME runs/A runs/B ... [--published BENCHMARK,METHOD,TASK] [--window 10]
 
 Reads the TensorBoard files of the runs, writes NAME.csv (one row per training episode) and NAME.png next to this file.
 A published curve comes from published.csv (columns benchmark, method, task, step, mean), if that file is here.

@@ -1,0 +1,786 @@
+# SPDX-License-Identifier: MIT
+"""What every file promises: the same suite over the same contract. To have a further file tested, add its name."""
+
+import dataclasses
+import importlib
+import io
+import itertools
+import json
+import os
+import pathlib
+import shutil
+
+import envs as tiny
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from PIL import Image
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FILES = ["dreamerv3"]
+BOX, CPU = spaces.Box(-1, 1, (2,)), torch.device("cpu")
+
+
+@pytest.fixture(params=FILES, scope="module")
+def module(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def made(module, monkeypatch):
+    """{"Agent": [...], "Replay": [...]}: the objects that train makes."""
+    seen = {"Agent": [], "Replay": []}
+
+    def spy(base, objects):
+        class Spy(base):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                objects.append(self)
+
+        return Spy
+
+    for name, objects in seen.items():
+        monkeypatch.setattr(module, name, spy(getattr(module, name), objects))
+    return seen
+
+
+def short(module, env_id, root, **flags):
+    """Args of a run of about a second."""
+    flags = dict(total_timesteps=120, learning_starts=20, checkpoint_every=120) | flags
+    return module.Args(env_id=env_id, size="debug", device="cpu", run_root=str(root), **flags)
+
+
+def experience(module, env_id="Tiny-both-discrete-v0", rows=40, num_envs=2, **flags):
+    """-> an untrained agent, and a replay of what it did."""
+    args = module.resolve(module.Args(env_id=env_id, size="debug", device="cpu", num_envs=num_envs, **flags))
+    envs = module.make_envs(env_id, num_envs, args.seed, args)
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    torch.manual_seed(0)
+    agent = module.Agent(obs_space, action_space, args)
+    latents = getattr(agent, "latents", lambda state: {})  # what the file keeps of a state, if anything
+    row, state = module.start_row(envs, args.seed), agent.initial(num_envs)
+    extras = {key: (x.shape[1:], x.dtype) for key, x in latents(state).items()}
+    replay = module.Replay(1000, num_envs, obs_space, action_space, agent.device, extras)
+    for _ in range(rows):
+        action, state = agent.act(row, row["is_first"], state)
+        replay.add({**row, "action": action, **latents(state)})
+        row = module.next_row(envs, action, row)
+    envs.close()
+    return agent, replay
+
+
+def window(module, agent, replay, B=4):
+    torch.manual_seed(1)
+    return replay.sample(B, agent.args.batch_length + module.Agent.context)
+
+
+def same(a, b):
+    """Equal bit by bit, through dicts, lists and tensors."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else np.array_equal(a, b)
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pong(module, tmp_path_factory):
+    """The public debug run on a real environment, with episodes of 100 steps."""
+    args = module.Args(size="debug", device="cpu", run_root=str(tmp_path_factory.mktemp("pong")))
+    args = dataclasses.replace(args, env_id="ALE/Pong-v5", env_kwargs='{"max_num_frames_per_episode": 400}')
+    return module.train(args)
+
+
+@pytest.fixture
+def run_dir(pong, tmp_path):
+    """A copy of that run, to do what one likes with."""
+    return shutil.copytree(pong["run_dir"], tmp_path / "run")
+
+
+def gif(path_or_bytes):
+    """-> number of frames, size. Decodes the last frame too."""
+    image = Image.open(path_or_bytes)
+    image.seek(image.n_frames - 1)
+    image.load()
+    return image.n_frames, image.size
+
+
+def test_debug_run(module, pong):
+    """--size debug trains, ends with finite figures, and leaves a checkpoint and the video of its predictions."""
+    assert pong["global_step"] == 400 and pong["updates"] > 20
+    figures = {key: x for key, x in pong.items() if key != "run_dir"}
+    assert {"losses/total", "losses/image", "losses/reward", "episodic_return"} <= figures.keys()
+    assert np.isfinite(list(figures.values())).all()
+    folder = pathlib.Path(pong["run_dir"])
+    assert folder.name.startswith(f"ALE-Pong-v5__{module.__name__}__1__")
+    frames, (width, height) = gif(folder / "open_loop.gif")
+    assert frames > 1 and width % 64 == 0 and height >= 3 * 64
+    saved = module.load(folder, "cpu")
+    assert pathlib.Path(module.__file__).read_text(encoding="utf-8") == saved["source"]
+    assert saved["args"]["env_id"] == "ALE/Pong-v5" and not list(folder.rglob("*.tmp"))
+
+
+def test_tensorboard(pong):
+    """The event file has the scalars, the same GIF as on disk, and the flags."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = pathlib.Path(pong["run_dir"])
+    events = EventAccumulator(str(folder)).Reload()
+    names = {"charts/SPS", "charts/frames", "charts/episodic_return", "charts/episodic_length", "charts/gradient_steps"}
+    names |= {"losses/total", "losses/image", "losses/reward", "perf/env_ms", "perf/train_ms"}
+    assert names <= set(events.Tags()["scalars"])
+    frames, lengths = events.Scalars("charts/frames")[-1], events.Scalars("charts/episodic_length")
+    assert (frames.step, frames.value) == (400, 1600) and lengths[0].value == 100
+    assert events.Scalars("charts/SPS")[-1].value > 0 and len(lengths) == 4
+    image = events.Images("open_loop")[-1]
+    assert gif(io.BytesIO(image.encoded_image_string)) == gif(folder / "open_loop.gif")
+    assert image.encoded_image_string == (folder / "open_loop.gif").read_bytes()
+    table = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "|env_id|ALE/Pong-v5|" in table and "|learning_rate|" in table and "|batch_size|4|" in table
+
+
+def test_eval_flag(module, run_dir, capsys):
+    """--eval takes a run folder or a checkpoint, prints the returns, and leaves a GIF."""
+    for path in run_dir, run_dir / "checkpoint.pt":
+        result = module.train(module.Args(eval=str(path), eval_episodes=1, device="cpu"))
+        (score,) = result["returns"]
+        assert -21 <= score <= 21 and f"{score:g}" in capsys.readouterr().out
+    assert gif(run_dir / "eval.gif")[0] >= 100
+
+
+def test_dream_flag(module, run_dir):
+    """--dream leaves a GIF of the policy in imagination; other files stay as they were."""
+    before = {path.name: path.stat().st_mtime_ns for path in run_dir.iterdir()}
+    module.train(module.Args(dream=str(run_dir), device="cpu"))
+    assert gif(run_dir / "dream.gif")[0] > 16
+    assert {path.name: path.stat().st_mtime_ns for path in run_dir.iterdir() if path.name != "dream.gif"} == before
+
+
+def test_resume_flag(module, run_dir, pong):
+    """--resume goes on in the same folder, with more steps if asked."""
+    result = module.train(module.Args(resume=str(run_dir), total_timesteps=440, device="cpu"))
+    assert result["run_dir"] == str(run_dir) and result["global_step"] == 440
+    assert pong["updates"] < result["updates"] <= pong["updates"] + 6
+    assert module.load(run_dir, "cpu")["args"]["total_timesteps"] == 440
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("action", ["discrete", "box"])
+@pytest.mark.parametrize("obs", ["image", "vector", "both", "odd"])
+def test_matrix(module, tmp_path, made, obs, action, num_envs):
+    """Every kind of observation and action trains: gray and RGB, 64 and 96 pixels, module:Id, odd spaces flattened."""
+    size, channels = 96 if (obs, num_envs) == ("image", 3) else 64, 1 if action == "box" else 3
+    kwargs = json.dumps(dict(size=size, channels=channels))
+    env_id = f"envs:Tiny-{obs}-{action}-v0" if obs == "odd" else f"Tiny-{obs}-{action}-v0"
+    result = module.train(short(module, env_id, tmp_path, num_envs=num_envs, env_kwargs=kwargs))
+    losses = {key: x for key, x in result.items() if key.startswith(("losses/", "stats/"))}
+    assert ("losses/image" in losses) == (obs in ("image", "both"))
+    assert ("losses/vector" in losses) == (obs != "image")
+    assert np.isfinite(list(losses.values())).all() and np.isfinite(result["episodic_return"])
+    assert 120 <= result["global_step"] < 120 + num_envs and result["updates"] > 8
+    folder = pathlib.Path(result["run_dir"])
+    assert gif(folder / "open_loop.gif")[0] > 1 and (folder / "checkpoint.pt").exists()
+    data, numbers = made["Replay"][0].data, 5 if action == "discrete" else 4
+    shapes = {"image": (size, size, channels), "vector": (numbers,), "grid": (6,), "number": (10,), "flags": (2,)}
+    keys = {"both": ["image", "vector"], "odd": ["grid", "number", "flags"]}.get(obs, [obs])
+    for key in keys:
+        assert tuple(data[key].shape[1:]) == (num_envs, *shapes[key])
+        assert data[key].dtype == (torch.uint8 if key == "image" else torch.float32)
+    assert not set(shapes) & set(data) - set(keys)
+
+
+def test_evaluate(module, tmp_path):
+    """evaluate returns the true sums of reward of whole episodes, repeats itself, and leaves random states alone."""
+    agent, _ = experience(module)
+    torch.manual_seed(3)
+    state, scores = torch.get_rng_state(), module.evaluate(agent, agent.args, 11)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(4)
+    assert module.evaluate(agent, agent.args, 11, tmp_path / "eval.gif") == scores
+    assert gif(tmp_path / "eval.gif")[0] > 3
+    # rewards depend on the seed only, so that any policy gets the same: play the eight environments by hand
+    expected, rewards = [], lambda env, last=False: 0.0
+    for n, share in enumerate([2, 2, 2, 1, 1, 1, 1, 1]):
+        env = gym.make("Tiny-vector-discrete-v0")
+        env.reset(seed=agent.args.seed + 1000 + n)
+        for _ in range(share):
+            total, over = 0.0, False
+            while not over:
+                _, reward, terminated, truncated, _ = env.step(0)
+                total, over = total + reward, terminated or truncated
+            expected.append(total)
+            env.reset()
+    assert scores == expected and len(set(scores)) > 5
+
+
+def test_open_loop(module):
+    """The video has a frame for each step, and shows the true images above those of the model."""
+    agent, replay = experience(module)
+    batch = window(module, agent, replay, 6)
+    truth = batch["image"][:, module.Agent.context :].clone()
+    video = module.open_loop(agent, batch)
+    assert video.dtype == np.uint8 and video.ndim == 4 and video.shape[3] == 3 and len(video) == truth.shape[1]
+    side_by_side = truth.permute(1, 2, 0, 3, 4).flatten(2, 3).numpy()
+    assert np.array_equal(video[:, -3 * 64 : -2 * 64], side_by_side)
+    assert not np.array_equal(video[:, -2 * 64 : -64], side_by_side)
+    bar = video[:, : -3 * 64].reshape(len(video), -1)
+    assert not np.array_equal(bar[0], bar[-1])  # seen frames are marked, predicted ones are not
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action", ["discrete", "box"])
+def test_losses_fall_on_one_batch(module, action):
+    """Updates on one batch again and again: all figures finite, what is reconstructed fits several times better."""
+    agent, replay = experience(module, f"Tiny-both-{action}-v0", learning_rate=1e-3, warmup=1)
+    batch = window(module, agent, replay)
+    history = [agent.update({key: x.clone() for key, x in batch.items()}) for _ in range(150)]
+    table = {key: [float(stats[key]) for stats in history] for key in history[0]}
+    assert all(np.isfinite(values).all() for values in table.values())
+    for key, factor in {"image": 5, "vector": 5, "reward": 3}.items():
+        first, last = table[f"losses/{key}"][0], np.mean(table[f"losses/{key}"][-5:])
+        assert last < first / factor, f"{key}: {first:.3f} -> {last:.3f}"
+
+
+@pytest.mark.parametrize("action", ["discrete", "box"])
+def test_update_never_waits_for_the_host(module, action):
+    """An update neither reads a value on the host, nor makes a shape depend on one, nor copies from host memory.
+
+    These are what a CUDA graph cannot capture, and what stalls a GPU; torch.normal(mean, std) checks std on the host.
+    """
+    reads = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "nonzero"}
+    waits = "_local_scalar_dense nonzero masked_select item multinomial lift_fresh unique bincount equal is_nonzero"
+    waits = set(waits.split()) | {"_unique2", "unique_dim", "unique_consecutive", "histc", "normal"}
+    found = set()
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if getattr(func, "__name__", "") in reads:
+                found.add(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name, masks = func._schema.name.removeprefix("aten::"), args[1] if len(args) > 1 else None
+            if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+                name += " by mask" * any(x is not None and x.dtype == torch.bool for x in masks)
+            if name in waits or "by mask" in name:
+                found.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    agent, replay = experience(module, f"Tiny-both-{action}-v0")
+    batch = window(module, agent, replay)
+    agent.update({key: x.clone() for key, x in batch.items()})
+    with Functions(), Operations():
+        agent.step(batch)
+    assert found == set()
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action", ["discrete", "box"])
+def test_acting_forgets_at_is_first(module, action):
+    """After is_first, state and action are the same whatever was before; without it, they are not."""
+    agent, replay = experience(module, f"Tiny-both-{action}-v0")
+    rows = {key: replay.data[key] for key in ("image", "vector")}
+    states = []
+    for is_first, history in itertools.product((True, False), (range(3), range(10, 20))):
+        torch.manual_seed(0)
+        state = agent.initial(2)
+        for t in history:
+            obs = {key: x[t].numpy() for key, x in rows.items()}
+            _, state = agent.act(obs, np.array([t == history[0]] * 2), state)
+        torch.manual_seed(1)
+        obs = {key: x[30].numpy() for key, x in rows.items()}
+        states.append(agent.act(obs, np.array([is_first, is_first]), state))
+    assert same(states[0], states[1])
+    assert not same(states[2][1], states[3][1]) and not same(states[0][1], states[2][1])
+
+
+@pytest.mark.parametrize("action", ["discrete", "box"])
+def test_training_forgets_at_is_first(module, action):
+    """Whatever lies before an is_first row in a window changes neither losses nor features from there on."""
+    agent, replay = experience(module, f"Tiny-both-{action}-v0")
+    batch, start, context = window(module, agent, replay), 5, module.Agent.context
+    keys = [key for key in batch if key not in ("index", "is_first", "is_last", "is_terminal")]
+    differences = []
+    for marked in True, False:
+        batch["is_first"][:], batch["is_first"][:, start] = False, marked
+        other = {key: x.clone() for key, x in batch.items()}
+        for key in keys:
+            x = other[key][:, :start]
+            other[key][:, :start] = x + torch.randn(x.shape) if x.is_floating_point() else x.max() - x
+        results = []
+        for version in batch, other:
+            torch.manual_seed(2)
+            with torch.no_grad():
+                losses, feat, *_ = agent.model_losses(version)
+            results.append({**losses, "feat": feat})
+        pairs = {key: [result[key][:, start - context :] for result in results] for key in results[0]}
+        differences.append({key: float((a - b).abs().max()) for key, (a, b) in pairs.items()})
+        assert not same(*[result["feat"][:, : start - context] for result in results])
+    assert set(differences[0].values()) == {0.0}
+    assert differences[1]["feat"] > 0 and differences[1]["reward"] > 0 or differences[1]["vector"] > 0
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("action", ["discrete", "box"])
+def test_rows_are_aligned(module, tmp_path, made, action, num_envs):
+    """In what train stores, a reward lies beside the observation it came with, an action beside the one it followed.
+
+    The observation tells reward, step and the action as the environment got it. Box: from [-1, 1] to the bounds.
+    """
+    result = module.train(short(module, f"Tiny-vector-{action}-v0", tmp_path, num_envs=num_envs))
+    replay = made["Replay"][0]
+    rows = {key: x[: replay.rows].numpy() for key, x in replay.data.items()}
+    first, last, terminal = rows["is_first"], rows["is_last"], rows["is_terminal"]
+    reward, step, seen = rows["vector"][..., 0], rows["vector"][..., 1], rows["vector"][..., 2:]
+    assert np.array_equal(rows["reward"], reward) and (reward[~first] > 0).all() and (reward[first] == 0).all()
+    assert first[0].all() and np.array_equal(first[1:], last[:-1]) and np.array_equal(first, step == 0)
+    assert np.array_equal(step[1:][~first[1:]], step[:-1][~first[1:]] + 1)
+    sent = rows["action"]
+    if action == "discrete":
+        sent = np.eye(3)[sent]
+    else:
+        assert (abs(sent) > 1).any()  # samples beyond the bounds are stored as they are, and clipped on the way
+        sent = tiny.LOW + (sent.clip(-1, 1) + 1) / 2 * (tiny.HIGH - tiny.LOW)
+    assert np.allclose(seen[1:][~first[1:]], sent[:-1][~first[1:]], atol=1e-5) and (seen[first] == 0).all()
+    assert terminal.any() and (last & ~terminal).any() and not (terminal & ~last).any()
+    assert result["global_step"] == (~first[1:]).sum() + (~last[-1]).sum()  # reset rows are no steps
+    if num_envs > 1:  # each environment has episodes of its own
+        assert not np.array_equal(first[:, 0], first[:, 1]) and not np.array_equal(reward[:, 0], reward[:, 1])
+
+
+def test_ends_are_told_apart(module):
+    """is_terminal only where the environment terminated: the same episodes as in the bare environment."""
+    args = module.resolve(module.Args(env_id="Tiny-vector-discrete-v0"))
+    envs = module.make_envs(args.env_id, 2, 5, args)
+    assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
+    row, ends = module.start_row(envs, 5), [[], []]
+    for _ in range(80):
+        row = module.next_row(envs, np.array([0, 1]), row)
+        for n in np.flatnonzero(row["is_last"]):
+            ends[n].append(bool(row["is_terminal"][n]))
+    for n, mine in enumerate(ends):
+        env, expected = gym.make(args.env_id), []
+        env.reset(seed=5 + n)
+        while len(expected) < len(mine):
+            _, _, terminated, truncated, _ = env.step(0)
+            if terminated or truncated:
+                expected.append(terminated)
+                env.reset()
+        assert mine == expected and len(set(mine)) == 2
+
+
+# --- replay -----------------------------------------------------------------------------------------------------------
+
+SPACE = spaces.Dict({"vector": spaces.Box(-np.inf, np.inf, (2,)), "image": spaces.Box(0, 255, (2, 2, 1), np.uint8)})
+EXTRAS = {"memory": ((3,), torch.bfloat16)}
+
+
+def numbered(module, rows, capacity=60, num_envs=3, replay=None):
+    """A replay whose observations say environment and row; environment n ends an episode every 5 + n rows."""
+    replay = replay or module.Replay(capacity, num_envs, SPACE, spaces.Discrete(9), CPU, EXTRAS)
+    env = np.arange(num_envs)
+    for t in range(replay.rows, replay.rows + rows):
+        vector = np.float32(np.stack([env, np.full(num_envs, t)], -1))
+        row = {"vector": vector, "image": np.full((num_envs, 2, 2, 1), t, np.uint8), "action": (t + env) % 9}
+        row |= {"is_first": t % (5 + env) == 0, "is_last": t % (5 + env) == 4 + env, "reward": 100 * env + t}
+        replay.add({**row, "is_terminal": row["is_last"] & (env == 0), "memory": torch.zeros(num_envs, 3)})
+    return replay
+
+
+def places(batch):
+    """-> environment (B), first row (B), after a look at whether windows are what numbered wrote."""
+    env, row = batch["vector"].unbind(-1)  # (B, T) each
+    assert (env == env[:, :1]).all() and (row == row[:, :1] + torch.arange(row.shape[1])).all()
+    assert torch.equal(batch["reward"], 100 * env + row) and torch.equal(batch["action"], (row + env).long() % 9)
+    assert torch.equal(batch["image"][..., 0, 0, 0].float(), row)
+    assert torch.equal(batch["is_first"], row % (5 + env) == 0)
+    assert torch.equal(batch["is_last"], row % (5 + env) == 4 + env)
+    assert torch.equal(batch["is_terminal"], batch["is_last"] & (env == 0))
+    return env[:, 0].long(), row[:, 0].long()
+
+
+@pytest.mark.parametrize("rows", [9, 20, 33, 50])
+def test_windows(module, rows):
+    """Windows are consecutive rows of one environment, from the oldest to the newest kept, wrapped around or not."""
+    replay, T = numbered(module, rows), 7
+    env, start = places(replay.sample(2000, T, online=False))
+    oldest = max(0, rows - 20)
+    assert replay.windows(T) == 3 * (rows - oldest - T + 1)
+    assert set(zip(env.tolist(), start.tolist(), strict=True)) == {
+        (n, t) for n in range(3) for t in range(oldest, rows - T + 1)
+    }
+    assert all(len(x) == 20 for x in replay.data.values())  # the capacity, shared by the environments
+
+
+def test_windows_are_uniform(module):
+    """Chi-square over all windows; a right sampler would fail at one seed in a million."""
+    replay, draws = numbered(module, 47), 40_000
+    torch.manual_seed(0)
+    env, start = places(replay.sample(draws, 6, online=False))
+    counts = torch.bincount(env * 15 + start - 27, minlength=45).double()
+    chi2, df = float(((counts - draws / 45) ** 2).sum() / (draws / 45)), 44
+    limit = df * (1 - 2 / (9 * df) + 4.753 * (2 / (9 * df)) ** 0.5) ** 3  # Wilson and Hilferty, p = 1e-6
+    assert len(counts) == 45 and chi2 < limit
+
+
+def test_abandoned_episodes(module):
+    """is_last is set where the next row is a first one, in the batch and not in the store."""
+    replay = numbered(module, 20)
+    replay.data["is_last"][:] = False
+    batch = replay.sample(50, 7, online=False)
+    assert batch["is_first"][:, 1:].any() and torch.equal(batch["is_last"][:, :-1], batch["is_first"][:, 1:])
+    assert not replay.data["is_last"].any()
+
+
+def test_online_queue(module):
+    """New windows come first in a batch, each once, and together they cover every row, also when the ring wraps."""
+    replay, T, given = numbered(module, 0), 4, []
+    for _ in range(30):
+        numbered(module, 4, replay=replay)
+        env, start = places(replay.sample(5, T))
+        given += list(zip(env.tolist(), start.tolist(), strict=True))[:3]
+    assert len(set(given)) == len(given)
+    assert {(n, t + i) for n, t in given for i in range(T)} == {(n, t) for n in range(3) for t in range(120)}
+    env, start = places(replay.sample(64, T))  # nothing new: uniform ones only
+    assert (start % T != 0).any() and (start >= 100).all()
+
+
+def test_online_queue_skips_what_is_gone(module):
+    """A learner that falls behind gets the windows that are still whole, and none twice."""
+    replay, T = numbered(module, 50), 4
+    replay.sample(2, T)
+    numbered(module, 33, replay=replay)
+    env, start = places(replay.sample(12, T))
+    assert set(zip(env.tolist(), start.tolist(), strict=True)) == {(n, t) for n in range(3) for t in (64, 68, 72, 76)}
+
+
+def test_write(module):
+    """Extras go back to the rows they came from, not to context rows; where windows overlap, the last one wins."""
+    replay, context = numbered(module, 26), 2
+    batch = replay.sample(40, 7, online=False)
+    env, start = places(batch)
+    batch["memory"] = (
+        (torch.arange(40.0)[:, None] * 7 + torch.arange(7))[..., None].expand(-1, -1, 3).clone().bfloat16()
+    )
+    batch["reward"] += 1  # not an extra
+    expected = torch.zeros(20, 3, 3, dtype=torch.bfloat16)
+    for b, i in itertools.product(range(40), range(context, 7)):
+        expected[(start[b] + i) % 20, env[b]] = batch["memory"][b, i]
+    before = {key: x.clone() for key, x in replay.data.items() if key != "memory"}
+    replay.write(batch, context)
+    assert torch.equal(replay.data["memory"], expected) and (expected == 0).any()
+    assert same(before, {key: x for key, x in replay.data.items() if key != "memory"})
+
+
+@pytest.mark.parametrize("first,second", [(8, 5), (12, 15), (30, 9), (5, 45)])
+def test_replay_is_saved_in_increments(module, tmp_path, first, second):
+    """A second save adds a file with the new rows only, and a new replay reads everything back, wrapped or not."""
+    replay = numbered(module, first)
+    replay.save(tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    numbered(module, second, replay=replay)
+    replay.data["memory"].normal_()
+    state = replay.save(tmp_path)
+    assert same(state, replay.state_dict())
+    for path, content in files.items():
+        assert path.read_bytes() == content
+    new = [path for path in tmp_path.iterdir() if path not in files and not path.name.startswith("extras")]
+    (content,) = [torch.load(path, weights_only=True) for path in new]
+    assert torch.equal(
+        content["vector"][:, 0, 1], torch.arange(max(first, first + second - 20), first + second).float()
+    )
+    assert set(content) == set(replay.data) - set(EXTRAS)
+    other = numbered(module, 0)
+    other.load(tmp_path, state)
+    kept = torch.arange(max(0, replay.rows - 20), replay.rows) % 20
+    for key, x in replay.data.items():
+        assert torch.equal(other.data[key][kept], x[kept]), key
+    torch.manual_seed(0)
+    batch = replay.sample(9, 4)
+    torch.manual_seed(0)
+    assert same(batch, other.sample(9, 4))
+    numbered(module, 3, replay=other)
+    places(other.sample(50, 4))
+
+
+# --- saving and going on ----------------------------------------------------------------------------------------------
+
+
+def played(module, agent, steps=12):
+    """-> the actions of an agent in two environments, for a given seed."""
+    envs = module.make_envs(agent.args.env_id, 2, 0, agent.args)
+    torch.manual_seed(0)
+    row, state, actions = module.start_row(envs, 0), agent.initial(2), []
+    for _ in range(steps):
+        action, state = agent.act(row, row["is_first"], state)
+        actions.append(action)
+        row = module.next_row(envs, action, row)
+    return actions, state
+
+
+@pytest.mark.parametrize("env_id", ["Tiny-both-discrete-v0", "Tiny-vector-box-v0"])
+def test_loaded_agent_acts_the_same(module, tmp_path, made, env_id):
+    """load_agent, from a folder or a file, gives the agent that train had in memory, and its flags."""
+    result = module.train(short(module, env_id, tmp_path))
+    expected = played(module, made["Agent"][0])
+    for path in result["run_dir"], pathlib.Path(result["run_dir"]) / "checkpoint.pt":
+        agent, args = module.load_agent(path, "cpu")
+        assert same(played(module, agent), expected)
+        assert args.env_id == env_id and args.total_timesteps == 120
+    untrained = module.Agent(*spaces_of(module, args), args)
+    assert not same(played(module, untrained), expected)
+
+
+def spaces_of(module, args):
+    envs = module.make_envs(args.env_id, 1, 0, args)
+    return envs.single_observation_space, envs.single_action_space
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_checkpoints_are_data(module, tmp_path, capsys):
+    """Code in a checkpoint is refused with one line and not run; so is a file that is none, or missing."""
+    torch.save({"args": {}, "agent": Evil(tmp_path / "harm")}, tmp_path / "evil.pt")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    for path in tmp_path / "evil.pt", tmp_path / "text.pt", tmp_path / "missing.pt", tmp_path:
+        for flag in "eval", "dream", "resume":
+            with pytest.raises(SystemExit) as stop:
+                module.train(module.Args(**{flag: str(path)}, device="cpu"))
+            error = capsys.readouterr().err
+            assert stop.value.code == 2 and str(path) in error and error.count("\n") == 1
+    assert not (tmp_path / "harm").exists()
+    torch.load(tmp_path / "evil.pt", weights_only=False)
+    assert (tmp_path / "harm").exists()  # the file would have done it
+
+
+def test_save_is_atomic(module, tmp_path, monkeypatch):
+    """A crash while a checkpoint is written leaves the old one whole."""
+    path = tmp_path / "checkpoint.pt"
+    module.save(path, x=torch.arange(3))
+    real = torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: (real({"x": 1}, file), file.flush(), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        module.save(path, x=torch.arange(4))
+    assert torch.equal(module.load(path, "cpu")["x"], torch.arange(3))
+
+
+def final(module, made, result):
+    """All that makes up the future of a run."""
+    saved = module.load(result["run_dir"], "cpu")
+    saved = {key: x for key, x in saved.items() if key not in ("args", "source")}
+    saved["replay"] = {key: x for key, x in saved["replay"].items() if key != "files"}
+    saved["now"] = {key: x for key, x in saved["now"].items()}
+    agent, replay = made["Agent"][-1], made["Replay"][-1]
+    return {"saved": saved, "data": dict(replay.data), "played": played(module, agent)}
+
+
+@pytest.mark.parametrize("env_id,where", [("Tiny-vector-box-v0", "step"), ("Tiny-image-discrete-v0", "save")])
+def test_resume_is_exact(module, tmp_path, made, monkeypatch, env_id, where):
+    """N steps are N/2 steps, a kill, and a resume, bit for bit: weights, optimiser, replay, random state, actions.
+
+    step: killed long after the checkpoint. save: killed while the next one is written, after the files of the replay.
+    """
+    flags = dict(num_envs=3, total_timesteps=160, checkpoint_every=80)
+    expected = final(module, made, module.train(short(module, env_id, tmp_path / "straight", **flags)))
+    calls, name = itertools.count(), {"step": "next_row", "save": "save"}[where]
+    real = getattr(module, name)
+
+    def killed(*args, **kwargs):
+        saving = where == "save" and pathlib.Path(args[0]).name == "checkpoint.pt"
+        if (where == "step" or saving) and next(calls) == {"step": 50, "save": 1}[where]:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, killed)
+    with pytest.raises(KeyboardInterrupt):
+        module.train(short(module, env_id, tmp_path / "killed", **flags))
+    monkeypatch.setattr(module, name, real)
+    (run,) = (tmp_path / "killed").iterdir()
+    saved = module.load(run, "cpu")
+    assert 80 <= saved["now"]["step"] < 83 and saved["now"]["updates"] > 3
+    assert not saved["row"]["is_first"].all()  # in the midst of episodes
+    torch.manual_seed(123)
+    result = final(module, made, module.train(module.Args(resume=str(run), device="cpu")))
+    for key, x in expected["saved"].items():
+        assert same(x, result["saved"][key]), key
+    assert same(expected["data"], result["data"]) and same(expected["played"], result["played"])
+
+
+def test_resume_without_rebuilding(module, tmp_path, made, capsys):
+    """Where environments cannot be rebuilt, as the actions have left the ring, new episodes begin, and rows say so."""
+    first = module.train(short(module, "Tiny-vector-discrete-v0", tmp_path, num_envs=2, buffer_size=60))
+    rows = made["Replay"][-1].rows
+    assert rows > 30
+    module.train(module.Args(resume=first["run_dir"], total_timesteps=130, device="cpu"))
+    assert "could not be rebuilt" in capsys.readouterr().out
+    replay = made["Replay"][-1]
+    assert replay.data["is_first"][rows % 30].all() and rows < replay.rows < rows + 20
+    batch = replay.sample(400, 9, online=False)
+    seam = batch["is_first"].all(-1) if batch["is_first"].dim() > 2 else batch["is_first"][:, 1:]
+    assert (batch["is_last"][:, :-1] | ~seam).all()
+
+
+def test_bad_input(module, tmp_path, capsys):
+    """One line that names flag and value, exit code 2, and no run folder."""
+    bad = {
+        "CartPol-v1": "CartPole-v1",
+        "nomodule:X-v0": "nomodule",
+        "ALE/Pongg-v5": "--env-id ALE/Pongg-v5",
+        "dm_control/walker-fly-v0": "--env-id dm_control/walker-fly-v0",
+    }
+    cases = [(dict(env_id=env_id), text) for env_id, text in bad.items()]
+    cases += [(dict(env_id="Tiny-image-discrete-v0", env_kwargs='{"size": 50}'), "multiple of 16")]
+    if not torch.cuda.is_available():
+        cases += [(dict(env_id="CartPole-v1", device="cuda"), "--device cuda")]
+    for flags, text in cases:
+        with pytest.raises(SystemExit) as stop:
+            module.train(module.Args(**{"size": "debug", "device": "cpu", "run_root": str(tmp_path), **flags}))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and text in error and error.startswith("error: ") and error.count("\n") == 1, error
+    assert not list(tmp_path.iterdir())
+
+
+def test_resume_refuses_other_flags(module, run_dir, capsys):
+    """A flag that disagrees with the run to resume is an error, not silently dropped."""
+    with pytest.raises(SystemExit) as stop:
+        module.train(module.Args(resume=str(run_dir), gamma=0.5, device="cpu"))
+    assert stop.value.code == 2 and "--gamma 0.5" in capsys.readouterr().err
+
+
+def test_resolve(module):
+    """Presets fill what was left open, an explicit flag wins, nothing is changed in place, and twice is as once."""
+    for size in module.SIZES:
+        args = module.Args(size=size, batch_size=7, env_id="dm_control/walker-walk-v0")
+        before = dataclasses.asdict(args)
+        full = module.resolve(args)
+        assert dataclasses.asdict(args) == before and module.resolve(full) == full
+        assert full.batch_size == 7 and full.action_repeat == 2
+        open_flags = {field.name for field in dataclasses.fields(full) if getattr(full, field.name) is None}
+        assert open_flags <= {"resume", "eval", "dream", "wandb_entity"}
+        for key, value in module.SIZES[size].items():
+            assert key == "batch_size" or getattr(full, key) == value
+
+
+# --- environments -----------------------------------------------------------------------------------------------------
+
+
+def atari(module, n, steps, game="Pong", **flags):
+    """-> spaces, rows of n environments that all get the same random actions."""
+    args = module.resolve(module.Args(env_id=f"ALE/{game}-v5", **flags))
+    envs = module.make_envs(args.env_id, n, 7, args)
+    row, actions = module.start_row(envs, 7), np.random.default_rng(0).integers(envs.single_action_space.n, size=steps)
+    rows = [row]
+    for action in actions:
+        rows.append(module.next_row(envs, np.full(n, action), rows[-1]))
+    envs.close()
+    rows = {key: np.stack([row[key] for row in rows]) for key in row}
+    return envs.single_observation_space["image"], envs.single_action_space, rows
+
+
+def test_atari_100k(module):
+    """64 x 64 RGB, minimal actions, no sticky ones: without no-ops, seeds make no difference."""
+    space, actions, rows = atari(module, 3, 80, env_kwargs='{"noop_max": 0}')
+    assert space.shape == (64, 64, 3) and space.dtype == np.uint8 and actions == spaces.Discrete(6)
+    image = rows["image"]
+    assert image.shape == (81, 3, 64, 64, 3) and image.dtype == np.uint8 and image.std() > 10
+    assert (image == image[:, :1]).all()
+    assert (image[..., 0] != image[..., 1]).any()  # colours
+
+
+def test_atari_200m(module):
+    """96 x 96 gray, all 18 actions, sticky ones: the same actions lead apart."""
+    flags = dict(atari_protocol="200m", env_kwargs='{"noop_max": 0}')
+    space, actions, rows = atari(module, 3, 80, **flags)
+    assert space.shape == (96, 96, 1) and space.dtype == np.uint8 and actions == spaces.Discrete(18)
+    image = rows["image"]
+    assert (image[0] == image[0, :1]).all() and (image[-1, 0] != image[-1, 1]).any()
+    assert same(rows, atari(module, 3, 80, **flags)[2])  # the same seeds repeat it
+
+
+def test_atari_noops(module):
+    """Up to 30 no-ops at the start, by seed: environments begin at different moments."""
+    rows = atari(module, 4, 1)[2]
+    assert len({image.tobytes() for image in rows["image"][0]}) > 1
+
+
+def test_atari_actions_matter(module):
+    """Another action shows another picture."""
+    args = module.resolve(module.Args())
+    envs = module.make_envs("ALE/Pong-v5", 2, 0, dataclasses.replace(args, env_kwargs='{"noop_max": 0}'))
+    row = module.start_row(envs, 0)
+    for _ in range(20):
+        row = module.next_row(envs, np.array([2, 3]), row)
+    envs.close()
+    assert (row["image"][0] != row["image"][1]).any()
+
+
+def test_atari_rewards_and_ends(module):
+    """Rewards are not clipped; the frame limit counts repeated frames and truncates; the row after it is a reset."""
+    rows = atari(module, 2, 130, "Skiing", env_kwargs='{"max_num_frames_per_episode": 240}')[2]
+    assert rows["reward"].dtype == np.float32 and rows["reward"].min() < -1
+    last, first = rows["is_last"], rows["is_first"]
+    assert np.flatnonzero(last[:, 0]).tolist() == [60, 121] and not rows["is_terminal"].any()
+    assert first[0].all() and np.array_equal(first[1:], last[:-1]) and (rows["reward"][first] == 0).all()
+
+
+def dmc(module, task, actions, **flags):
+    """-> Args, envs, rows after each of the actions."""
+    args = module.resolve(module.Args(env_id=f"dm_control/{task}-v0", **flags))
+    envs = module.make_envs(args.env_id, len(actions[0]), 3, args)
+    rows = [module.start_row(envs, 3)]
+    for action in actions:
+        rows.append(module.next_row(envs, np.float32(action), rows[-1]))
+    envs.close()
+    return envs, rows
+
+
+def test_dm_control_vectors(module):
+    """float32 vectors, scalars lifted; a time limit truncates after 1000 frames; repeated frames add up rewards."""
+    envs, rows = dmc(module, "walker-stand", [np.ones((2, 6))] * 22, action_repeat=50)
+    space = envs.single_observation_space
+    assert {key: x.shape for key, x in space.items()} == {"height": (1,), "orientations": (14,), "velocity": (9,)}
+    assert all(x.dtype == np.float32 for x in space.values()) and all(rows[0][key].dtype == np.float32 for key in space)
+    assert envs.single_action_space == spaces.Box(-1, 1, (6,))
+    last = np.stack([row["is_last"] for row in rows])
+    assert np.flatnonzero(last[:, 0]).tolist() == [20] and last[20].all()
+    assert not any(row["is_terminal"].any() for row in rows)
+    assert rows[21]["is_first"].all() and (rows[21]["reward"] == 0).all() and not rows[22]["is_first"].any()
+    assert 1 < rows[1]["reward"].min() and rows[1]["reward"].max() <= 50  # a sum of 50, each at most 1
+    assert (rows[0]["height"][0] != rows[0]["height"][1]).any() or (rows[0]["velocity"] != 0).any()
+
+
+def test_dm_control_actions(module):
+    """Actions beyond the bounds are clipped to them, others are not."""
+    positions = []
+    for force in 1.0, 5.0, 0.5:
+        _, rows = dmc(module, "cartpole-swingup", [[[force]]] * 3)
+        positions.append(rows[-1]["position"])
+    assert np.array_equal(positions[0], positions[1]) and not np.array_equal(positions[0], positions[2])
+
+
+def test_dm_control_pixels(module):
+    """Real pixels beside the vectors, or alone: 64 x 64 RGB, not blank, and they move."""
+    envs, rows = dmc(module, "cartpole-balance", [[[1.0]]] * 8, obs="both", action_repeat=4)
+    assert set(envs.single_observation_space) == {"image", "position", "velocity"}
+    images = np.stack([row["image"][0] for row in rows])
+    assert images.shape == (9, 64, 64, 3) and images.dtype == np.uint8 and images.std() > 5
+    assert (images[0] != images[-1]).any()
+    envs, _ = dmc(module, "cartpole-balance", [[[1.0]]], obs="image")
+    assert set(envs.single_observation_space) == {"image"}

@@ -952,21 +952,20 @@ def adapt(env, args):
     space, action = env.observation_space, env.action_space
     named = isinstance(space, spaces.Dict)
     parts = dict(space.spaces) if named else {"image" if is_image(space) else "vector": space}
-    if not isinstance(action, spaces.Discrete | spaces.Box):
-        fail(f"--env-id {args.env_id}: action space {action}; allowed: Discrete, Box")
-    if isinstance(action, spaces.Box) and not np.isfinite([action.low, action.high]).all():
-        fail(f"--env-id {args.env_id}: action space {action}; allowed: Box with finite bounds")
-    taken = {"action", "reward", "is_first", "is_last", "is_terminal", "deter", "stoch", "index"} & set(parts)
-    if taken or any("." in key or hasattr(nn.ModuleDict, key) for key in parts):
-        fail(
-            f"--env-id {args.env_id}: observation keys {list(parts)}; allowed: no dots, no names used here {taken or ''}"
-        )
+    box, flag = isinstance(action, spaces.Box), f"--env-id {args.env_id}"
+    if not (np.isfinite([action.low, action.high]).all() if box else isinstance(action, spaces.Discrete)):
+        fail(f"{flag}: action space {action}; allowed: Discrete, or Box with finite bounds")
     if not all(part.is_np_flattenable for part in parts.values()):
-        fail(f"--env-id {args.env_id}: observation space {space}; allowed: spaces of a fixed size")
+        fail(f"{flag}: observation space {space}; allowed: Box, Discrete, or a Dict of such")
+    taken = {"action", "reward", "is_first", "is_last", "is_terminal", "deter", "stoch", "index"}
+    if any(key in taken or "." in key or hasattr(nn.ModuleDict, key) for key in parts):
+        fail(f"{flag}: observation keys {list(parts)}; allowed: no dots, no names of Python's dict, and not {taken}")
     env = gym.wrappers.RepeatAction(env, args.action_repeat)
-    if isinstance(action, spaces.Box):
+    if box:
         env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
         env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, -1, 1), env.action_space)
+    else:
+        env = gym.wrappers.TransformAction(env, lambda a: a + action.start, spaces.Discrete(action.n))
 
     def flatten(key, x):
         return x if is_image(parts[key]) else spaces.flatten(parts[key], x).astype(np.float32)

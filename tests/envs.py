@@ -17,7 +17,8 @@ class Tiny(gym.Env):
 
     def __init__(self, obs="vector", action="discrete", size=64, channels=3, render_mode=None):
         self.obs, self.size, self.channels, self.discrete = obs, size, channels, action == "discrete"
-        self.action_space = spaces.Discrete(3) if self.discrete else spaces.Box(LOW, HIGH)
+        self.start = 4 if obs == "odd" else 0
+        self.action_space = spaces.Discrete(3, start=self.start) if self.discrete else spaces.Box(LOW, HIGH)
         self.numbers = 5 if self.discrete else 4  # of a vector
         image = spaces.Box(0, 255, (size, size, channels), np.uint8)
         vector = spaces.Box(-np.inf, np.inf, (self.numbers,), np.float32)
@@ -41,10 +42,11 @@ class Tiny(gym.Env):
         return self.observe(0.0, np.zeros(self.numbers - 2)), {}
 
     def step(self, action):
+        assert self.action_space.contains(action), action
         self.count += 1
         reward, end = float(self.np_random.integers(1, 8)) / 2, self.count == self.limit
         truncated = end and bool(self.np_random.integers(2))
-        seen = np.eye(3)[action] if self.discrete else action
+        seen = np.eye(3)[action - self.start] if self.discrete else action
         return self.observe(reward, seen), reward, end and not truncated, truncated, {}
 
 

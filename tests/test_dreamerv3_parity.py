@@ -84,6 +84,7 @@ class Case:
         self.open = {f"{role}/{name}" for role in ("out", "grad", "upd") for name in self.names(f"{role}/")}
         assert self.open or not case, f"{self.file}: no results of {case}"
         settings = [key for key in self.arrays if key.startswith(("cfg/", f"{self.prefix}cfg/"))]
+        settings.sort(key=lambda key: not key.startswith("cfg/"))  # those of the case win
         self.cfg = {key.split("cfg/")[1]: self.arrays[key].tolist() for key in settings}
 
     def names(self, prefix):
@@ -324,7 +325,22 @@ def test_rssm_sequence():
     data.finish()
 
 
-def test_encoder_decoder():
+def test_posterior_sample_gradient():
+    """Fixture 04: the gradient of a posterior sample is that of the mixed probabilities, as in fixture 02."""
+    data = Case("04_prior_posterior")
+    agent = rssm_agent(data, data["in/tokens"], data["in/action"])
+    first = {key: data[f"in/{key}"][:, :1] for key in ("tokens", "action", "reset", "stoch")}
+    state = {key: data[f"in/{key}0"] for key in ("deter", "stoch")}
+    post = agent.rssm.observe(first["tokens"], first["action"], first["reset"], state, forced(first["stoch"]))
+    cot = data["in/cot"][: len(first["stoch"])][:, None]
+    (actual,) = torch.autograd.grad((cot * post["stoch"]).sum(), agent.rssm.post_out.bias)
+    logits = post["logits"].detach().requires_grad_()
+    sample = d3.straight_through(first["stoch"], d3.unimix(logits, data.cfg["unimix"]).exp())
+    (expected,) = torch.autograd.grad((cot * sample).sum(), logits)
+    torch.testing.assert_close(actual, expected.sum((0, 1)).flatten(), rtol=1e-4, atol=1e-6)
+
+
+def test_encoder_decoder(monkeypatch):
     """Fixture 05: encoder, decoder, and the reconstruction losses of Agent.model_losses."""
     data = Case("05_encoder_decoder")
     obs = {key: data[f"in/{key}"] for key in ("image", "vector")}
@@ -333,14 +349,16 @@ def test_encoder_decoder():
     obs_spaces = dict(image=box(*obs["image"].shape[2:], dtype=np.uint8), vector=box(*obs["vector"].shape[2:]))
     agent = make_agent(make_args(data.cfg, **sizes), **obs_spaces)
     data.load_into(agent)
-    tokens = agent.encoder(obs)
-    data.check("out/tokens", tokens)
-    data.check_grads("grad/tokens/", (data["in/tokens_cot"] * tokens).sum(), agent)
+    data.check("out/tokens", agent.encoder(obs))
     losses, feat, _, _ = model_losses(agent, post, **obs)
     for key, recon in agent.decoder(feat).items():
         data.check(f"out/{key}", recon)
         data.check(f"out/{key}_loss", losses[key])
         data.check_grads(f"grad/{key}_loss/", losses[key].sum(), agent, **post)
+    # in float64 throughout: of two pixels that nearly tie, rounding would decide which gets the gradient of max-pooling
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    tokens = agent.encoder.double()({key: x.double() for key, x in obs.items()})
+    data.check_grads("grad/tokens/", (data["in/tokens_cot"] * tokens).sum(), agent)
     data.finish()
 
 
@@ -392,13 +410,15 @@ def test_imagination_losses():
     data.check("in/bins", bins)
     action = F.one_hot(data["in/action"].long(), actions).float()
     dist = (d3.unimix(policy_logits, agent.actor.mix),)
-    data.check("out/logpi", agent.actor.log_prob(dist, action))
-    data.check("out/entropy", agent.actor.entropy(dist))
+    logp, entropy = agent.actor.log_prob(dist, action), agent.actor.entropy(dist)
+    data.check("out/logpi", logp)
+    data.check("out/entropy", entropy)
     value = check_pred(data, "out/val", value_logits, bins)
     slow_value = check_pred(data, "out/slowval", data["in/slow_logits"], bins)
     returns = d3.lambda_return(reward, value, cont, args.lam)
     data.check("out/ret", returns, "from_pred")
-    data.check("out/weight", cont.cumprod(-1))
+    weight = cont.cumprod(-1)
+    data.check("out/weight", weight)
     agent.return_range.copy_(torch.stack([data["state/lo_before"][0], data["state/hi_before"][0]]))
     low, high = (q / 100 for q in data.cfg["ret_perc"])
     updates = []
@@ -417,11 +437,16 @@ def test_imagination_losses():
     data.check("state/hi_after", after_high, "from_pred")
     data.check("out/scale", scale, "from_pred")
     data.check("out/adv", advantage, "from_pred")
-    data.check("out/policy_loss", policy_loss, "from_pred")
-    data.check("out/value_loss", value_loss, "from_pred")
-    # each update has its own mean
-    data.check_grads("grad/policy_", policy_loss.mean((1, 2)).sum(), logits=policy_logits)
-    data.check_grads("grad/value_", value_loss.mean((1, 2)).sum(), logits=value_logits)
+    # the losses once more, from the functions alone: they stop the gradient of returns and values themselves
+    logp, entropy, now, weight = (x[..., :-1] for x in (logp, entropy, value, weight))
+    actor = d3.actor_loss(logp, entropy, returns, now, weight, scale[:, None, None], args.entropy_scale)
+    critic = d3.critic_loss(value_logits[..., :-1, :], bins, returns, slow_value[..., :-1], weight)
+    assert not torch.autograd.grad(actor.sum(), value_logits, materialize_grads=True, retain_graph=True)[0].any()
+    for name, losses in (("policy", (policy_loss, actor)), ("value", (value_loss, critic))):
+        for loss in losses:  # each update has its own mean
+            data.check(f"out/{name}_loss", loss, "from_pred")
+            logits = policy_logits if name == "policy" else value_logits
+            data.check_grads(f"grad/{name}_", loss.mean((1, 2)).sum(), logits=logits)
     data.finish()
 
 

@@ -151,7 +151,7 @@ def test_help(name):
         text = source.splitlines()[node.end_lineno - 1].partition("  # ")[2]
         assert text, f"{node.target.id}: no trailing comment"
         flag = "--" + node.target.id.replace("_", "-")
-        assert re.search(rf" {flag} .{{1,120}}? ?{re.escape(text)} \(", shown), f"{flag}: {text}"
+        assert re.search(rf" {flag}[ ,].{{0,120}}? ?{re.escape(text)} \(", shown), f"{flag}: {text}"
 
 
 @file

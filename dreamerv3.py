@@ -11,7 +11,7 @@ Paper: Hafner et al., "Mastering Diverse Domains through World Models", arXiv 23
 is an equation of the arXiv text, "Table" its hyperparameter table, "code" the authors' release of December 2024 on.
 
     python dreamerv3.py --env-id ALE/Pong-v5              train: size 12m, 400,000 policy steps = 1.6M frames
-    python dreamerv3.py --env-id CartPole-v1 --size 1m --total-timesteps 6_000 --train-ratio 1024
+    python dreamerv3.py --env-id CartPole-v1 --size 1m --learning-rate 3e-4 --warmup 200 --total-timesteps 5_000
     python dreamerv3.py --env-id dm_control/walker-walk-v0 --obs image
     python dreamerv3.py --resume runs/...                 go on where the last checkpoint stands, replay included
     python dreamerv3.py --eval runs/.../checkpoint.pt     play 10 episodes, print the returns, save eval.gif
@@ -570,9 +570,8 @@ class LaProp:
 
     def __init__(self, params, args):
         self.params, self.args = params, args
-        self.mean_square = [torch.zeros_like(p) for p in params]
-        self.momentum = [torch.zeros_like(p) for p in params]
-        self.count = torch.zeros((), dtype=torch.float64, device=params[0].device)
+        self.mean_square, self.momentum = ([torch.zeros_like(p) for p in params] for _ in range(2))
+        self.count = torch.zeros((), dtype=torch.float64, device=params[0].device)  # t
 
     @torch.no_grad()
     def step(self, grads):
@@ -1198,17 +1197,16 @@ def describe(args, agent, replay, run_dir):
     warning = "CPU  <-- WARNING: no GPU; images will take days" if agent.decoder.images else "CPU (vectors: fine)"
     gib, place = args.buffer_size * replay.row_bytes / 2**30, "main" if replay.device.type == "cpu" else "GPU"
     every = args.batch_size * args.batch_length / args.train_ratio
-    frames = args.total_timesteps * args.action_repeat
-    lines = [
-        f"run       {run_dir}",
-        f"device    {gpu or warning}; PyTorch {torch.__version__}",
-        f"agent     {sum(p.numel() for p in agent.params):,} parameters ({args.size})",
-        f"replay    {args.buffer_size:,} rows x {replay.row_bytes / 1024:.1f} KiB = {gib:.1f} GiB of {place} memory",
-        f"training  1 gradient step per {every:g} policy steps (on {args.batch_size} x {args.batch_length} steps: each "
-        f"step is replayed --train-ratio {args.train_ratio:g} times)",
-        f"length    {args.total_timesteps:,} policy steps = {frames:,} frames",
-    ]
-    print("\n".join(lines), flush=True)
+    print(f"run       {run_dir}\ndevice    {gpu or warning}; PyTorch {torch.__version__}")
+    print(f"agent     {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
+    print(f"replay    {args.buffer_size:,} rows x {replay.row_bytes / 1024:.1f} KiB = {gib:.1f} GiB of {place} memory")
+    print(
+        f"training  1 gradient step, on {args.batch_size} x {args.batch_length} steps, per {every:g} policy steps:",
+        end=" ",
+    )
+    print(f"--train-ratio {args.train_ratio:g} replays each step so many times")
+    steps = f"{args.total_timesteps:,} policy steps = {args.total_timesteps * args.action_repeat:,} frames"
+    print(f"length    {steps}", flush=True)
 
 
 # SHARED(dreamerv3): open_writer
@@ -1259,19 +1257,11 @@ def record(writer, args, now, stats, spent, since, replay):
 def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
     """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint and the files it names."""
     names = [name for _, _, name in replay.save(run_dir / "replay")["files"]]
-    save(
-        run_dir / "checkpoint.pt",
-        agent=agent.state_dict(),
-        optimizer=agent.optimizer.state_dict(),
-        replay=replay.state_dict(),
-        now=now,
-        state=state,
-        row={key: torch.as_tensor(x) for key, x in row.items()},
-        random=torch.get_rng_state(),
-        cuda_random=torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None,
-        args=asdict(args),
-        source=Path(__file__).read_text(encoding="utf-8"),
-    )
+    cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
+    parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "replay": replay.state_dict()}
+    parts |= {"now": now, "state": state, "row": {key: torch.as_tensor(x) for key, x in row.items()}}
+    parts |= {"random": torch.get_rng_state(), "cuda_random": cuda, "args": asdict(args)}
+    save(run_dir / "checkpoint.pt", **parts, source=Path(__file__).read_text(encoding="utf-8"))
     for path in (run_dir / "replay").iterdir():
         if path.name not in names:
             path.unlink()
@@ -1322,6 +1312,9 @@ def train(args: Args) -> dict:
         return show(args)
     saved = load(args.resume, "cpu") if args.resume else None
     args = resolve(resumed(args, saved["args"]) if saved else args)
+    needed = args.learning_starts + args.num_envs * args.batch_length  # rows before the first update
+    if args.buffer_size < min(needed, args.total_timesteps):
+        fail(f"--buffer-size {args.buffer_size}: training starts with {needed:,} rows; allowed: that many or more")
     keep_memory()
     for seed in random.seed, np.random.seed, torch.manual_seed:
         seed(args.seed)

@@ -150,6 +150,11 @@ def make_agent(args, action_space=None, **obs):
     return d3.Agent(spaces.Dict(obs or {"vector": box(1)}), action_space or spaces.Discrete(2), args)
 
 
+def widths(state):
+    """Sizes of a latent state for Args."""
+    return dict(zip(("deter", "stoch", "classes"), state["deter"].shape[2:] + state["stoch"].shape[2:], strict=True))
+
+
 def with_context(rows):
     """Put the row of zeros before the window that gives the first state and action."""
     return {key: torch.cat([torch.zeros_like(x[:, :1]), x], 1) for key, x in rows.items()}
@@ -345,9 +350,8 @@ def test_encoder_decoder(monkeypatch):
     data = Case("05_encoder_decoder")
     obs = {key: data[f"in/{key}"] for key in ("image", "vector")}
     post = {key: data.leaf(f"in/{key}") for key in ("deter", "stoch")}
-    sizes = dict(zip(("deter", "stoch", "classes"), post["deter"].shape[2:] + post["stoch"].shape[2:], strict=True))
     obs_spaces = dict(image=box(*obs["image"].shape[2:], dtype=np.uint8), vector=box(*obs["vector"].shape[2:]))
-    agent = make_agent(make_args(data.cfg, **sizes), **obs_spaces)
+    agent = make_agent(make_args(data.cfg, **widths(post)), **obs_spaces)
     data.load_into(agent)
     data.check("out/tokens", agent.encoder(obs))
     losses, feat, _, _ = model_losses(agent, post, **obs)
@@ -366,8 +370,7 @@ def test_heads():
     """Fixture 06: reward, continue and value heads, with the losses of Agent.model_losses for the first two."""
     data = Case("06_heads")
     post = {key: data.leaf(f"in/{key}") for key in ("deter", "stoch")}
-    sizes = dict(zip(("deter", "stoch", "classes"), post["deter"].shape[2:] + post["stoch"].shape[2:], strict=True))
-    args = make_args(data.cfg, bins=data["out/rew_logits"].shape[-1], **sizes)
+    args = make_args(data.cfg, bins=data["out/rew_logits"].shape[-1], **widths(post))
     agent = make_agent(args)
     data.load_into(agent)
     losses, feat, _, _ = model_losses(agent, post, reward=data["in/reward"], is_terminal=data["in/terminal"])

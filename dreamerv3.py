@@ -78,7 +78,7 @@ class Args:
     batch_length: int | None = None  # T, steps per sequence; Table: 64 (debug: 8)
     train_ratio: float | None = None  # replayed steps per policy step; 512 (debug: 4). Atari100k: paper 128, code 256
     learning_starts: int | None = None  # windows in the replay before the first update; code: 1024 (debug: 64)
-    buffer_size: int | None = None  # replay rows; total_timesteps, at most 1_000_000. Table: 5e6
+    buffer_size: int | None = None  # replay rows; 9/8 of total_timesteps, at most 1_000_000. Table: 5e6
     checkpoint_every: int | None = None  # policy steps between checkpoints; 10_000 (debug: 200)
     log_every: float = 10.0  # seconds between progress lines and between records of scalars
     imag_horizon: int = 15  # H, Table
@@ -137,12 +137,19 @@ SIZES |= {"50m": widths(512), "100m": widths(768), "200m": widths(1024), "400m":
 
 # SHARED(dreamerv3): resolve
 def resolve(args: Args) -> Args:
-    """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins."""
+    """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
+
+    Stops with exit code 2 where a number that must be positive is not.
+    """
     preset = {**RUN, **SIZES[args.size]}
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     repeat = {"ALE": 4, "dm_control": 2}.get(args.env_id.split("/")[0], 1)
-    rows = min(args.total_timesteps, 1_000_000)
-    return replace(args, action_repeat=args.action_repeat or repeat, buffer_size=args.buffer_size or rows)
+    rows = min(args.total_timesteps * 9 // 8, 1_000_000)  # an eighth for the rows of resets
+    args = replace(args, action_repeat=args.action_repeat or repeat, buffer_size=args.buffer_size or rows)
+    for name in ("num_envs", "action_repeat", "total_timesteps", "batch_size", "batch_length", "train_ratio"):
+        if getattr(args, name) <= 0:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than 0")
+    return args
 
 
 # === Part 1: the algorithm ============================================================================================
@@ -793,10 +800,14 @@ def fail(message):
 # SHARED(dreamerv3): pick_device
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
-    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(args.device if args.device != "auto" else "cuda" if cuda else "cpu")
+    except RuntimeError:
+        fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...")
+    if device.type == "cuda" and not cuda:
         fail(f"--device {args.device}: PyTorch {torch.__version__} sees no CUDA device here; allowed: auto, cpu")
-    return torch.device(name)
+    return device
 
 
 # SHARED(dreamerv3): free_memory
@@ -824,7 +835,7 @@ class Replay:
     """Ring buffer of capacity // num_envs rows for each environment; all environments add a row at a time together.
 
     Windows of rows are uniform over all starts and run across episode ends. The online queue comes first in each batch:
-    windows of the stream that no batch has seen yet, so that every row is trained on.
+    the windows that tile each stream, as they become complete, so that every row is in a batch at least once.
     extras: {key: (shape, dtype)} of what is stored beside a row and rewritten later, such as latent states.
     """
 
@@ -1006,15 +1017,16 @@ def make_envs(env_id, num_envs, seed, args):
     def make():
         if family == "dm_control":
             return adapt(DMControl(env_id, args.obs, **kwargs), args)
-        return adapt(gym.make(env_id, render_mode="rgb_array" if args.capture_video else None, **kwargs), args)
+        mode = {"render_mode": "rgb_array"} if args.capture_video else {}  # an environment need not know render_mode
+        return adapt(gym.make(env_id, **mode, **kwargs), args)
 
     try:
         if family == "ALE":
             envs = atari_envs(env_id, num_envs, args, **kwargs)
         else:
             envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
-    except (gym.error.Error, ValueError, ImportError) as error:
-        near = difflib.get_close_matches(env_id, gym.registry, 3)
+    except (gym.error.Error, ValueError, TypeError, ImportError) as error:
+        near = difflib.get_close_matches(env_id, gym.registry, 3) if env_id not in gym.registry else []
         fail(f"--env-id {env_id}: {error}" + (f" Close matches: {', '.join(near)}" if near else ""))
     sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
     if len(sizes) > 1 or any(side % 16 or not 48 <= side <= 256 for size in sizes for side in size):
@@ -1206,7 +1218,8 @@ def describe(args, agent, replay, run_dir):
     )
     print(f"--train-ratio {args.train_ratio:g} replays each step so many times")
     steps = f"{args.total_timesteps:,} policy steps = {args.total_timesteps * args.action_repeat:,} frames"
-    print(f"length    {steps}", flush=True)
+    late = args.learning_starts + args.num_envs * args.batch_length >= args.total_timesteps
+    print(f"length    {steps}" + "  <-- WARNING: ends before --learning-starts, trains nothing" * late, flush=True)
 
 
 # SHARED(dreamerv3): open_writer
@@ -1312,7 +1325,7 @@ def train(args: Args) -> dict:
         return show(args)
     saved = load(args.resume, "cpu") if args.resume else None
     args = resolve(resumed(args, saved["args"]) if saved else args)
-    needed = args.learning_starts + args.num_envs * args.batch_length  # rows before the first update
+    needed = args.learning_starts + args.num_envs * args.batch_length  # rows at the first update
     if args.buffer_size < min(needed, args.total_timesteps):
         fail(f"--buffer-size {args.buffer_size}: training starts with {needed:,} rows; allowed: that many or more")
     keep_memory()
@@ -1330,7 +1343,10 @@ def train(args: Args) -> dict:
     run_dir = Path(args.run_root) / name
     if saved:
         run_dir = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
-    run_dir.mkdir(parents=True, exist_ok=bool(saved))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(saved))
+    except OSError as error:
+        fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
     describe(args, agent, replay, run_dir)
     # now: all that a run knows beside weights and replay; seed_row: when the environments were last seeded
     now = {"step": 0, "updates": 0, "first_step": None, "seed": args.seed, "seed_row": 0, "recent": []}
@@ -1376,13 +1392,13 @@ def train(args: Args) -> dict:
             since, spent = (time.time(), now["step"]), dict.fromkeys(spent, 0.0)
         if before // args.checkpoint_every < now["step"] // args.checkpoint_every or done:
             finite(stats, now["step"])
-            if stats:
+            if replay.windows(rows):
                 video = open_loop(agent, replay.sample(6, rows, online=False))
                 save_gif(run_dir / "open_loop.gif", video, writer, now["step"])
+            checkpoint(args, run_dir, agent, replay, now, row, state, writer)
             if args.capture_video:
                 scores = evaluate(agent, args, 1, run_dir / f"episode-{now['step']}.gif")
                 writer.add_scalar("eval/episodic_return", scores[0], now["step"])
-            checkpoint(args, run_dir, agent, replay, now, row, state, writer)
     envs.close()
     writer.close()
     score = float(np.mean(now["recent"])) if now["recent"] else float("nan")

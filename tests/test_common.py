@@ -708,14 +708,9 @@ def test_bad_input(module, tmp_path, capsys):
     }
     cases = [(dict(env_id=env_id), text) for env_id, text in bad.items()]
     cases += [(dict(env_id="Tiny-image-discrete-v0", env_kwargs='{"size": 50}'), "multiple of 16")]
-    cases += [
-        (dict(env_id="CartPole-v1", env_kwargs=text), text.strip("{}")) for text in ("{", "[3]", '{"no_such": 1}')
-    ]
-    cases += [
-        (dict(num_envs=0), "--num-envs 0"),
-        (dict(train_ratio=0.0), "--train-ratio 0"),
-        (dict(device="gpu"), "gpu"),
-    ]
+    cases += [(dict(env_id="CartPole-v1", env_kwargs='{"no_such": 1}'), "no_such")]
+    cases += [(dict(num_envs=0), "--num-envs 0"), (dict(train_ratio=0.0), "--train-ratio 0")]
+    cases += [(dict(device="gpu"), "--device gpu")]
     cases += [(dict(env_id="CartPole-v1", env_kwargs="{size: 3}"), "--env-kwargs {size: 3}")]
     cases += [(dict(env_id="CartPole-v1", buffer_size=20), "--buffer-size 20")]  # would never train
     if not torch.cuda.is_available():

@@ -34,16 +34,19 @@ after seeing obs_t. The model at row t thus sees obs[t] and action[t-1]; at is_f
 Differs from the paper, on purpose:
 - Size 12m and train ratio 512 by default, where Table has 200m and 128 for Atari100k: one affordable GPU.
 - Stored latents are bfloat16 and class numbers, 4.1 kB a row at 12m instead of 10; the recurrent state stays float32.
-- Reset rows are not counted as steps by the train ratio; the code counts them (about 1 in 1,000).
+- Reset rows are not counted as steps by the train ratio; the code counts them.
+- Fresh latents are written back, and weights used for acting, at once; in the code one update or policy call later.
+- Discrete observations become one-hot vectors like any other: symlog and squared error, where the code takes a softmax.
 - An Atari episode cut at 108,000 frames bootstraps, as every time-out does here; in the code it is terminal.
 - ALE's vector environment resizes images by area, the code with Pillow's bilinear filter.
 - Evaluation takes the most likely action; published scores are returns of training episodes, which sample.
-Where paper and code disagree, the help of the flag says which one its default follows (--actor-unimix).
+- Weights are cast to bfloat16 once per update on a GPU, so their gradients over the T steps add up in bfloat16.
 """
 
 import copy
 import ctypes
 import difflib
+import importlib.util
 import io
 import json
 import os
@@ -61,6 +64,8 @@ import torch.nn.functional as F
 import tyro
 from gymnasium import spaces
 from torch import nn
+
+SOURCE = Path(__file__).read_text(encoding="utf-8")  # goes into every checkpoint: the code that really ran
 
 
 @dataclass
@@ -116,8 +121,8 @@ class Args:
     resume: str | None = None  # run folder or checkpoint to go on from
     eval: str | None = None  # run folder or checkpoint to evaluate
     eval_episodes: int = 10  # episodes of --eval
-    dream: str | None = None  # run folder or checkpoint whose policy shall dream
-    capture_video: bool = False  # play an episode at each checkpoint and save it as a GIF; --eval: use the renderer
+    dream: str | None = None  # run folder or checkpoint to roll out in imagination, as dream.gif
+    capture_video: bool = False  # GIF of an episode at each checkpoint; agents that see only vectors: as rendered
     track: bool = False  # mirror TensorBoard to Weights & Biases (after: pip install wandb)
     wandb_project_name: str = "cleandream"  # with --track
     wandb_entity: str | None = None  # with --track
@@ -129,39 +134,42 @@ def widths(d, **run):
 
 
 RUN = dict(total_timesteps=400_000, batch_size=16, batch_length=64, train_ratio=512.0, learning_starts=1024)
-RUN.update(checkpoint_every=10_000)
 DEBUG = dict(total_timesteps=400, batch_size=4, batch_length=8, train_ratio=4.0, learning_starts=64)
 SIZES = {"debug": widths(32, checkpoint_every=200, **DEBUG), "1m": widths(64), "12m": widths(256), "25m": widths(384)}
 SIZES |= {"50m": widths(512), "100m": widths(768), "200m": widths(1024), "400m": widths(1536)}
 
 
-# SHARED(dreamerv3): resolve
 def resolve(args: Args) -> Args:
     """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
 
     Stops with exit code 2 where a number that must be positive is not.
     """
-    preset = {**RUN, **SIZES[args.size]}
+    preset = {**RUN, "checkpoint_every": 10_000, **SIZES[args.size]}
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     repeat = {"ALE": 4, "dm_control": 2}.get(args.env_id.split("/")[0], 1)
     rows = min(args.total_timesteps * 9 // 8, 1_000_000)  # an eighth for the rows of resets
-    args = replace(args, action_repeat=args.action_repeat or repeat, buffer_size=args.buffer_size or rows)
-    for name in ("num_envs", "action_repeat", "total_timesteps", "batch_size", "batch_length", "train_ratio"):
-        if getattr(args, name) <= 0:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than 0")
+    derived = {"action_repeat": repeat, "buffer_size": rows}
+    args = replace(args, **{key: value for key, value in derived.items() if getattr(args, key) is None})
+    positive = ["num_envs", "action_repeat", "total_timesteps", "batch_size", "train_ratio", "learning_starts"]
+    positive += ["buffer_size", "checkpoint_every", "imag_horizon", "warmup", "eval_episodes"]
+    for name, least in {**dict.fromkeys(positive, 0), "batch_length": 1, "bins": 2}.items():
+        if getattr(args, name) <= least:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than {least}")
+    if args.bins % 2 == 0 or args.deter % args.blocks or 4 * args.depth % args.blocks:
+        fail(f"--bins {args.bins} must be odd; --blocks {args.blocks} must divide --deter and 4 x --depth")
+    if args.track and not importlib.util.find_spec("wandb"):
+        fail("--track: Weights & Biases is missing; allowed after: pip install wandb")
     return args
 
 
 # === Part 1: the algorithm ============================================================================================
 
 
-# SHARED(dreamerv3): symlog
 def symlog(x):
     """Eq. 9: sign(x) ln(1 + |x|), a logarithm for both signs, the identity near 0. Any shape."""
     return x.sign() * x.abs().log1p()
 
 
-# SHARED(dreamerv3): symexp
 def symexp(x):
     """Eq. 9: sign(x) (exp|x| - 1), the inverse of symlog. Any shape."""
     return x.sign() * x.abs().expm1()
@@ -214,7 +222,6 @@ def unimix(logits, mix):
     return ((1 - mix) * logp.exp() + mix / logits.shape[-1]).log() if mix else logp
 
 
-# SHARED(dreamerv3): sample_onehot
 def sample_onehot(logp, noise=None):
     """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
 
@@ -225,13 +232,11 @@ def sample_onehot(logp, noise=None):
     return torch.zeros_like(logp).scatter_(-1, index, 1.0)
 
 
-# SHARED(dreamerv3): straight_through
 def straight_through(onehot, probs):
     """The value of the sample with the gradient of the probabilities (Bengio et al. 2013). Both (..., K)."""
     return onehot + probs - probs.detach()
 
 
-# SHARED(dreamerv3): kl_categorical
 def kl_categorical(logp, logq):
     """KL(p || q) in nats of S independent categoricals. Log-probabilities (..., S, K) -> (...)."""
     return (logp.exp() * (logp - logq)).sum((-2, -1))
@@ -337,7 +342,6 @@ def init_weights(module, outscale=1.0):
         nn.init.trunc_normal_(weight, std=sigma, a=-2 * sigma, b=2 * sigma)
 
 
-# SHARED(dreamerv3): is_image
 def is_image(space):
     """uint8 of rank 3 goes to the convolutions, everything else to the MLP."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
@@ -534,7 +538,8 @@ class RSSM(nn.Module):
         (B, T), S, K = is_first.shape, self.args.stoch, self.args.classes
         keep = 1 - is_first.float()  # (B, T)
         action_hidden = self.action_in(self.clip(action * keep[..., None]))  # (B, T, U)
-        weight_deter, weight_embed = self.post_in.weight.split([self.args.deter, embed.shape[-1]], 1)
+        weight = self.post_in.weight.to(embed.dtype)  # autocast would cast a part of it anew at each step
+        weight_deter, weight_embed = weight.split([self.args.deter, embed.shape[-1]], 1)
         embed_hidden = F.linear(embed, weight_embed, self.post_in.bias)  # (B, T, U)
         noise = torch.rand(B, T, S, K, device=embed.device).log_().neg_() if noise is None else noise
         deter, stoch, states = state["deter"], state["stoch"], []
@@ -637,7 +642,8 @@ class Agent(nn.Module):
 
     def autocast(self):
         """One region per use: a weight first cast under no_grad would stay cached there without its gradient."""
-        return torch.autocast(self.device.type, torch.bfloat16, self.args.bf16 and self.device.type == "cuda")
+        on = self.args.bf16 and self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.autocast(self.device.type, torch.bfloat16, on)
 
     def initial(self, B):
         """State of B environments before their first observation."""
@@ -760,7 +766,8 @@ class Agent(nn.Module):
         scales = {"dyn": args.dyn_scale, "rep": args.rep_scale, "repval": args.repval_scale}  # the others: 1
         losses["total"] = sum(scales.get(key, 1.0) * loss for key, loss in losses.items())
         stats["stats/grad_norm"] = self.optimizer.step(torch.autograd.grad(losses["total"], self.params))
-        torch._foreach_lerp_(list(self.slow_critic.parameters()), list(self.critic.parameters()), args.slow_rate)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.slow_critic.parameters()), list(self.critic.parameters()), args.slow_rate)
         for key, fresh in self.latents(post).items():
             batch[key][:, 1:] = fresh
         stats = {**stats, **more_stats, **{f"losses/{key}": loss for key, loss in losses.items()}}
@@ -769,12 +776,20 @@ class Agent(nn.Module):
     def update(self, batch):
         """One gradient step on B windows of T+1 rows (Replay.sample). Fresh latents replace batch["deter"], ["stoch"].
 
-        -> statistics, 0-d tensors on the device. On a GPU the first three updates run eagerly, while cuDNN and the
-        allocator settle; then the whole update is captured once and only replayed: one launch instead of thousands.
+        -> statistics, 0-d tensors on the device, which on a GPU the next update overwrites. There the first three
+        updates run eagerly, while cuDNN and the allocator settle; then the whole update is captured once and only
+        replayed: one launch instead of thousands.
         """
         self.eager_updates += 1
-        if self.device.type != "cuda" or not self.args.cuda_graph or self.eager_updates <= 3:
+        if self.device.type != "cuda" or not self.args.cuda_graph:
             return self.step(batch)
+        if self.eager_updates <= 3:  # on a side stream, as capture demands
+            side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                stats = self.step(batch)
+            main.wait_stream(side)
+            return stats
         if self.graph is None:
             self.static_batch, self.graph = {key: x.clone() for key, x in batch.items()}, torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
@@ -790,14 +805,12 @@ class Agent(nn.Module):
 # === Part 2: plumbing =================================================================================================
 
 
-# SHARED(dreamerv3): fail
 def fail(message):
     """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-# SHARED(dreamerv3): pick_device
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
     cuda = torch.cuda.is_available()
@@ -805,12 +818,14 @@ def pick_device(args):
         device = torch.device(args.device if args.device != "auto" else "cuda" if cuda else "cpu")
     except RuntimeError:
         fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...")
-    if device.type == "cuda" and not cuda:
-        fail(f"--device {args.device}: PyTorch {torch.__version__} sees no CUDA device here; allowed: auto, cpu")
+    if device.type == "cuda":
+        if not (device.index or 0) < torch.cuda.device_count():
+            fail(f"--device {args.device}: PyTorch {torch.__version__} sees no such CUDA device; allowed: auto, cpu")
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)  # a graph is captured on the current device
     return device
 
 
-# SHARED(dreamerv3): free_memory
 def free_memory(device):
     """Bytes that can still be allocated; infinite where the system does not tell."""
     if device.type == "cuda":
@@ -819,7 +834,6 @@ def free_memory(device):
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
 
 
-# SHARED(dreamerv3): keep_memory
 def keep_memory():
     """glibc hands large blocks back to the system, and fetching them again page by page is half of a CPU update."""
     try:
@@ -830,7 +844,6 @@ def keep_memory():
         pass
 
 
-# SHARED(dreamerv3): Replay
 class Replay:
     """Ring buffer of capacity // num_envs rows for each environment; all environments add a row at a time together.
 
@@ -866,7 +879,7 @@ class Replay:
     def add(self, row):
         """row: {key: (num_envs, ...)}, arrays or tensors."""
         for key, ring in self.data.items():
-            ring[self.rows % self.length] = torch.as_tensor(row[key]).to(self.device, non_blocking=True)
+            ring[self.rows % self.length] = torch.as_tensor(row[key]).to(self.device)
         self.rows += 1
 
     def sample(self, B, T, online=True):
@@ -905,9 +918,11 @@ class Replay:
         for kind, first in ("rows", saved), ("extras", oldest):
             keys = [key for key in self.data if (key in self.extras) == (kind == "extras")]
             if keys and first < self.rows:
-                place = torch.arange(first, self.rows) % self.length
+                a, b = first % self.length, (self.rows - 1) % self.length + 1
+                parts = [slice(a, b)] if a < b else [slice(a, None), slice(0, b)]
+                data = {key: torch.cat([self.data[key][part].cpu() for part in parts]) for key in keys}
                 self.files.append((first, self.rows, f"{kind}-{first}-{self.rows}.pt"))
-                save(folder / self.files[-1][2], **{key: self.data[key][place].cpu() for key in keys})
+                save(folder / self.files[-1][2], **data)
         return self.state_dict()
 
     def load(self, folder, state):
@@ -921,17 +936,17 @@ class Replay:
 # --- environments -----------------------------------------------------------------------------------------------------
 
 
-# SHARED(dreamerv3): DMControl
 class DMControl(gym.Env):
     """dm_control/<domain>-<task>-v0. Episodes end by time limit (discount still 1): truncated, not terminated."""
 
-    def __init__(self, env_id, obs, size=64):
+    def __init__(self, env_id, obs, repeat=1, size=64):
         if sys.platform == "linux":
             os.environ.setdefault("MUJOCO_GL", "egl")  # headless; must be set before the first import
         from dm_control import suite
 
         self.domain, _, self.task = env_id.removeprefix("dm_control/").removesuffix("-v0").partition("-")
-        self.suite, self.obs, self.size, self.camera = suite, obs, size, 2 if self.domain == "quadruped" else 0
+        self.suite, self.obs, self.repeat, self.size = suite, obs, repeat, size
+        self.camera = 2 if self.domain == "quadruped" else 0
         first, _ = self.reset(seed=0)
         box = lambda x: spaces.Box(*((0, 255) if x.dtype == np.uint8 else (-np.inf, np.inf)), x.shape, x.dtype)
         self.observation_space = spaces.Dict({key: box(x) for key, x in first.items()})
@@ -948,16 +963,20 @@ class DMControl(gym.Env):
         return self.observe(self.env.reset()), {}
 
     def step(self, action):
-        step = self.env.step(action)
+        reward = 0.0
+        for _ in range(self.repeat):  # here rather than in a wrapper: only the last frame is rendered
+            step = self.env.step(action)
+            reward += step.reward or 0.0
+            if step.last():
+                break
         terminated = step.last() and step.discount == 0
-        return self.observe(step), step.reward or 0.0, terminated, step.last() and not terminated, {}
+        return self.observe(step), reward, terminated, step.last() and not terminated, {}
 
     def render(self):
         return self.env.physics.render(self.size, self.size, camera_id=self.camera)
 
 
-# SHARED(dreamerv3): adapt
-def adapt(env, args):
+def adapt(env, args, repeat):
     """One environment -> Dict of uint8 images (H, W, C) and flat float32 vectors; Box actions clipped to [-1, 1]."""
     space, action = env.observation_space, env.action_space
     named = isinstance(space, spaces.Dict)
@@ -969,8 +988,8 @@ def adapt(env, args):
         fail(f"{flag}: observation space {space}; allowed: Box, Discrete, or a Dict of such")
     taken = {"action", "reward", "is_first", "is_last", "is_terminal", "deter", "stoch", "index"}
     if any(key in taken or "." in key or hasattr(nn.ModuleDict, key) for key in parts):
-        fail(f"{flag}: observation keys {list(parts)}; allowed: no dots, no names of Python's dict, and not {taken}")
-    env = gym.wrappers.RepeatAction(env, args.action_repeat)
+        fail(f"{flag}: observation keys {list(parts)}; allowed: no dots, no attributes of nn.ModuleDict, not {taken}")
+    env = gym.wrappers.RepeatAction(env, repeat)
     if box:
         env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
         env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, -1, 1), env.action_space)
@@ -986,7 +1005,6 @@ def adapt(env, args):
     return gym.wrappers.TransformObservation(env, as_dict, spaces.Dict({**sizes, **vectors}))
 
 
-# SHARED(dreamerv3): atari_envs
 def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
     small = args.atari_protocol == "100k"
@@ -1001,7 +1019,6 @@ def atari_envs(env_id, num_envs, args, **kwargs):
     return gym.wrappers.vector.TransformObservation(envs, as_dict, batched, single)
 
 
-# SHARED(dreamerv3): make_envs
 def make_envs(env_id, num_envs, seed, args):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
     family = env_id.split("/")[0]
@@ -1016,9 +1033,9 @@ def make_envs(env_id, num_envs, seed, args):
 
     def make():
         if family == "dm_control":
-            return adapt(DMControl(env_id, args.obs, **kwargs), args)
+            return adapt(DMControl(env_id, args.obs, args.action_repeat, **kwargs), args, repeat=1)
         mode = {"render_mode": "rgb_array"} if args.capture_video else {}  # an environment need not know render_mode
-        return adapt(gym.make(env_id, **mode, **kwargs), args)
+        return adapt(gym.make(env_id, **mode, **kwargs), args, args.action_repeat)
 
     try:
         if family == "ALE":
@@ -1031,11 +1048,10 @@ def make_envs(env_id, num_envs, seed, args):
     sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
     if len(sizes) > 1 or any(side % 16 or not 48 <= side <= 256 for size in sizes for side in size):
         fail(f"--env-id {env_id}: images of {sizes}; allowed: one size, sides a multiple of 16 from 48 to 256")
-    envs.action_space.seed(seed)
+    envs.action_space.seed(seed)  # reset does not
     return envs
 
 
-# SHARED(dreamerv3): start_row
 def start_row(envs, seed):
     """Reset all environments -> their first rows."""
     obs, _ = envs.reset(seed=seed)
@@ -1043,7 +1059,6 @@ def start_row(envs, seed):
     return {**obs, "reward": np.float32(no), "is_first": yes, "is_last": no, "is_terminal": no}
 
 
-# SHARED(dreamerv3): next_row
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
     obs, reward, terminated, truncated, _ = envs.step(action)
@@ -1054,7 +1069,6 @@ def next_row(envs, action, row):
 # --- pictures, checkpoints, evaluation --------------------------------------------------------------------------------
 
 
-# SHARED(dreamerv3): save_gif
 def save_gif(path, frames, writer=None, step=0):
     """uint8 (T, H, W, 3) -> animated GIF on disk and in TensorBoard, whose own add_video would need moviepy."""
     from PIL import Image
@@ -1070,18 +1084,16 @@ def save_gif(path, frames, writer=None, step=0):
         writer._get_file_writer().add_summary(Summary(value=[value]), step)
 
 
-# SHARED(dreamerv3): picture
 def picture(obs):
     """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the vectors as gray cells."""
     images = [obs[key] for key in sorted(obs) if obs[key].dim() == 5]
     if images:
         image = images[0].float() * (1 if images[0].dtype == torch.uint8 else 255)
-        return image.expand(*image.shape[:-1], 3) if image.shape[-1] == 1 else image[..., :3]
+        return image[..., :1].expand(*image.shape[:-1], 3) if image.shape[-1] < 3 else image[..., :3]
     cells = torch.cat([obs[key].float() for key in sorted(obs)], -1).sigmoid() * 255
     return cells.repeat_interleave(16, -1)[..., None, :, None].expand(-1, -1, 32, -1, 3)
 
 
-# SHARED(dreamerv3): film
 def film(video, seen):
     """(B, T, H, W, 3) -> uint8 (T, 6 + H, B * W, 3): side by side; a bar above is green for seen frames, then red."""
     B, T, _, W, _ = video.shape
@@ -1121,7 +1133,6 @@ def dream(agent, args, steps=64):
         return film(picture(agent.decoder(feat)), seen=1)
 
 
-# SHARED(dreamerv3): evaluate
 def evaluate(agent, args, episodes, video=None):
     """Play whole episodes without exploration noise; the random state of training is left as it was.
 
@@ -1149,7 +1160,6 @@ def evaluate(agent, args, episodes, video=None):
     return [score for mine, share in zip(scores, wanted, strict=True) for score in mine[:share]]
 
 
-# SHARED(dreamerv3): save
 def save(path, **state):
     """Atomic: either the whole new file stands under its name, or still the old one."""
     temporary = Path(path).with_suffix(".tmp")
@@ -1160,20 +1170,21 @@ def save(path, **state):
     os.replace(temporary, path)
 
 
-# SHARED(dreamerv3): load
-def load(path, device):
-    """path: file, or run folder. Reads data only: weights_only refuses whatever would run code."""
+def load(path, device, need=()):
+    """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
+        assert all(key in state for key in need), "another kind of file"
+        return state
     except Exception as error:
-        fail(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); allowed: a checkpoint.pt")
+        text = " ".join(str(error).split())[:200]
+        fail(f"{path}: cannot be read ({type(error).__name__}: {text}); allowed: a checkpoint.pt")
 
 
-# SHARED(dreamerv3): load_agent
 def load_agent(path, device="auto"):
     """path: checkpoint or run folder -> the agent, its Args."""
-    state = load(path, "cpu")
+    state = load(path, "cpu", need=("args", "agent"))
     args = replace(Args(**state["args"]), device=device)
     envs = make_envs(args.env_id, 1, args.seed, args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
@@ -1182,7 +1193,6 @@ def load_agent(path, device="auto"):
     return agent, args
 
 
-# SHARED(dreamerv3): show
 def show(args):
     """--eval and --dream: print the returns, leave a GIF beside the checkpoint."""
     path = Path(args.eval or args.dream)
@@ -1202,7 +1212,6 @@ def show(args):
 # === Part 3: training =================================================================================================
 
 
-# SHARED(dreamerv3): describe
 def describe(args, agent, replay, run_dir):
     """Say what is about to run, before it takes hours."""
     gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
@@ -1222,27 +1231,25 @@ def describe(args, agent, replay, run_dir):
     print(f"length    {steps}" + "  <-- WARNING: ends before --learning-starts, trains nothing" * late, flush=True)
 
 
-# SHARED(dreamerv3): open_writer
 def open_writer(args, run_dir, step):
     """TensorBoard, mirrored to Weights & Biases with --track."""
     from torch.utils.tensorboard import SummaryWriter
 
     if args.track:
-        try:
-            import wandb
-        except ImportError:
-            fail("--track: Weights & Biases is missing; allowed after: pip install wandb")
-        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name)
-        wandb.init(**names, config=asdict(args), sync_tensorboard=True, save_code=True)
+        import wandb
+
+        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name)
+        wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
     writer = SummaryWriter(run_dir, purge_step=step or None)
     table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", step)
     return writer
 
 
-# SHARED(dreamerv3): finite
 def finite(stats, step):
-    """{name: 0-d tensor} -> {name: float}, the one place where the host waits for the device. Stops on nan and inf."""
+    """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
+    update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
+    """
     values = dict(zip(stats, torch.stack([x.float() for x in stats.values()]).tolist() if stats else [], strict=True))
     bad = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
     if bad:
@@ -1250,7 +1257,6 @@ def finite(stats, step):
     return values
 
 
-# SHARED(dreamerv3): record
 def record(writer, args, now, stats, spent, since, replay):
     """One progress line, and the scalars for TensorBoard. spent: seconds by part; since: time and step of last call."""
     steps, seconds = max(1, now["step"] - since[1]), time.time() - since[0]
@@ -1266,7 +1272,6 @@ def record(writer, args, now, stats, spent, since, replay):
         writer.add_scalar(key, value, now["step"])
 
 
-# SHARED(dreamerv3): checkpoint
 def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
     """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint and the files it names."""
     names = [name for _, _, name in replay.save(run_dir / "replay")["files"]]
@@ -1274,14 +1279,13 @@ def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
     parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "replay": replay.state_dict()}
     parts |= {"now": now, "state": state, "row": {key: torch.as_tensor(x) for key, x in row.items()}}
     parts |= {"random": torch.get_rng_state(), "cuda_random": cuda, "args": asdict(args)}
-    save(run_dir / "checkpoint.pt", **parts, source=Path(__file__).read_text(encoding="utf-8"))
+    save(run_dir / "checkpoint.pt", **parts, source=SOURCE)
     for path in (run_dir / "replay").iterdir():
         if path.name not in names:
             path.unlink()
     writer.flush()
 
 
-# SHARED(dreamerv3): resumed
 def resumed(args, saved):
     """The flags of a checkpoint. Those that --resume may change are taken from args, all others must agree."""
     free = ("resume", "total_timesteps", "device", "checkpoint_every", "log_every", "capture_video", "track")
@@ -1293,25 +1297,27 @@ def resumed(args, saved):
     return replace(Args(**saved), **{name: value for name, value in asked.items() if name in free})
 
 
-# SHARED(dreamerv3): restore
 def restore(saved, args, agent, replay, envs, run_dir):
     """Bring agent, replay, environments and random state to where the checkpoint was taken. -> now, row, agent state.
 
     Environments are rebuilt from the seed of their last reset and the actions since then, which lie in the replay.
-    Where that is impossible, or gives another observation, new episodes begin and the interrupted ones are abandoned.
+    Where that is impossible, takes too long, or gives another observation, new episodes begin instead.
     """
     agent.load_state_dict(saved["agent"])
     agent.optimizer.load_state_dict(saved["optimizer"])
     replay.load(run_dir / "replay", saved["replay"])
     now, state = saved["now"], {key: x.to(agent.device) for key, x in saved["state"].items()}
-    row = start_row(envs, now["seed"])
+    row, began = start_row(envs, now["seed"]), time.time()
     place = torch.arange(now["seed_row"], replay.rows) % replay.length
-    if len(place) <= replay.length:
-        for action in replay.data["action"][place].cpu().numpy():
-            row = next_row(envs, action, row)
+    print(f"resume    {len(place):,} steps of the environments are played again, for 5 minutes at most", flush=True)
+    for action in replay.data["action"][place].cpu().numpy() if len(place) <= replay.length else []:
+        row = next_row(envs, action, row)
+        if time.time() - began > 300:
+            break
     if not all(np.array_equal(row[key], saved["row"][key].numpy()) for key in row):
         print("the environments could not be rebuilt: new episodes begin, the interrupted ones are abandoned")
         now.update(seed=args.seed + replay.rows, seed_row=replay.rows)
+        now.update(returns=[0.0] * args.num_envs, lengths=[0] * args.num_envs)
         row = start_row(envs, now["seed"])
     torch.set_rng_state(saved["random"].cpu())
     if agent.device.type == "cuda" and saved["cuda_random"] is not None:
@@ -1323,10 +1329,10 @@ def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
     if args.eval or args.dream:
         return show(args)
-    saved = load(args.resume, "cpu") if args.resume else None
+    saved = load(args.resume, "cpu", need=("args", "agent", "now")) if args.resume else None
     args = resolve(resumed(args, saved["args"]) if saved else args)
-    needed = args.learning_starts + args.num_envs * args.batch_length  # rows at the first update
-    if args.buffer_size < min(needed, args.total_timesteps):
+    needed = args.num_envs * (-(-args.learning_starts // args.num_envs) + args.batch_length)  # rows at the first update
+    if args.buffer_size // args.num_envs * args.num_envs < min(needed, args.total_timesteps):
         fail(f"--buffer-size {args.buffer_size}: training starts with {needed:,} rows; allowed: that many or more")
     keep_memory()
     for seed in random.seed, np.random.seed, torch.manual_seed:

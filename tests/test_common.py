@@ -710,7 +710,9 @@ def test_bad_input(module, tmp_path, capsys):
     cases += [(dict(env_id="Tiny-image-discrete-v0", env_kwargs='{"size": 50}'), "multiple of 16")]
     cases += [(dict(env_id="CartPole-v1", env_kwargs='{"no_such": 1}'), "no_such")]
     cases += [(dict(num_envs=0), "--num-envs 0"), (dict(train_ratio=0.0), "--train-ratio 0")]
-    cases += [(dict(device="gpu"), "--device gpu")]
+    cases += [(dict(device="gpu"), "--device gpu"), (dict(learning_starts=0), "--learning-starts 0")]
+    cases += [(dict(warmup=0), "--warmup 0"), (dict(bins=4), "--bins 4"), (dict(batch_length=1), "--batch-length 1")]
+    cases += [(dict(num_envs=3, buffer_size=44, learning_starts=20), "--buffer-size 44")]  # 14 rows each: 18 windows
     cases += [(dict(env_id="CartPole-v1", env_kwargs="{size: 3}"), "--env-kwargs {size: 3}")]
     cases += [(dict(env_id="CartPole-v1", buffer_size=20), "--buffer-size 20")]  # would never train
     if not torch.cuda.is_available():

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: MIT
+"""What only dreamerv3.py promises, beside the common suite and the parity with the official numbers."""
+
+import numpy as np
+import torch
+from test_common import experience, window
+
+import dreamerv3 as d3
+
+
+def test_slow_critic_keeps_no_graph():
+    """The slow critic's average is no part of autograd: else its history would grow with every update."""
+    agent, replay = experience(d3)
+    for _ in range(3):
+        agent.update(window(d3, agent, replay))
+    assert not any(p.requires_grad or p.grad_fn for p in agent.slow_critic.parameters())
+    assert not any(p.grad_fn or p.grad is not None for p in agent.params)
+
+
+def test_first_update_changes_nothing():
+    """The learning rate of update 1 is exactly 0, that of update 2 is not."""
+    agent, replay = experience(d3, warmup=1)
+    before = [p.clone() for p in agent.params]
+    agent.update(window(d3, agent, replay))
+    assert all(torch.equal(p, old) for p, old in zip(agent.params, before, strict=True))
+    agent.update(window(d3, agent, replay))
+    assert not any(torch.equal(p, old) for p, old in zip(agent.params, before, strict=True) if old.abs().sum() > 0)
+
+
+def test_new_agent_predicts_nothing():
+    """Reward and value are exactly 0 at the start, for every state; the continue probability is not."""
+    agent, replay = experience(d3)
+    feat = agent.model_losses(window(d3, agent, replay))[1]
+    for head in agent.reward, agent.critic, agent.slow_critic:
+        assert (d3.twohot_mean(head(feat), agent.bin_values) == 0).all()
+    assert agent.cont(feat).std() > 0
+
+
+def test_observe_equals_its_steps():
+    """The fast path (embedding and action layers outside the loop) gives what T calls for one step give."""
+    agent, replay = experience(d3)
+    batch = window(d3, agent, replay)
+    obs = {key: batch[key][:, 1:] for key in agent.decoder.shapes}
+    embed, action, is_first = agent.encoder(obs), agent.action_vector(batch["action"][:, :-1]), batch["is_first"][:, 1:]
+    noise = torch.rand(*is_first.shape, agent.args.stoch, agent.args.classes).log_().neg_()
+    state = agent.rssm.initial(len(embed))
+    whole = agent.rssm.observe(embed, action, is_first, state, noise)
+    for t in range(is_first.shape[1]):
+        now = slice(t, t + 1)
+        step = agent.rssm.observe(embed[:, now], action[:, now], is_first[:, now], state, noise[:, now])
+        state = {key: step[key][:, 0] for key in ("deter", "stoch")}
+        for key in step:
+            assert torch.allclose(step[key][:, 0], whole[key][:, t], rtol=1e-4, atol=1e-5), key
+
+
+def test_samples_follow_their_distribution():
+    """sample_onehot is exact: chi-square over 200,000 samples; a right sampler fails at one seed in a million."""
+    torch.manual_seed(0)
+    logp = d3.unimix(torch.tensor([2.0, 0.0, -1.0, -8.0]), 0.01)
+    counts = d3.sample_onehot(logp.expand(200_000, 4)).sum(0)
+    expected = 200_000 * logp.exp()
+    assert ((counts - expected) ** 2 / expected).sum() < 30.66  # 3 degrees of freedom, p = 1e-6
+
+
+def test_numbers_of_the_specification():
+    """Hand-computed values: bins, two-hot weights, returns, unimix, policy deviation."""
+    bins = d3.symexp_bins(255)
+    assert np.allclose(bins[[0, 126, 127, 128, 129]], [-485165184, -0.17055778, 0, 0.17055778, 0.37020543], rtol=1e-6)
+    assert torch.equal(bins, -bins.flip(0))
+    index, weight = d3.twohot(torch.tensor(1.0), bins)
+    assert index.tolist() == [131, 132] and abs(weight[0] - 0.61732968) < 1e-5
+    assert np.allclose(d3.twohot_loss(torch.zeros(3, 255), bins, torch.tensor([0.0, -7.0, 1e9])), np.log(255))
+    logits = torch.linspace(-1, 1, 255).expand(4, 255)
+    losses = d3.twohot_loss(logits, bins, torch.tensor([0, 1, -3.5, 1e9]))
+    assert np.allclose(losses, [5.703935, 5.669426, 5.778985, 4.703935], atol=2e-5)
+    reward, value, cont = torch.tensor([[1.0, 2, 3, 4], [10, 20, 30, 40], [1, 1, 0.9, 0.8]])
+    assert np.allclose(d3.lambda_return(reward, value, cont, 0.95), [36.3735, 35.13, 36.0])
+    reward, boot, last = torch.tensor([[0.0, 1, 2, 0, 3], [5, 6, 7, 8, 9], [0, 0, 1, 0, 0]])
+    target = d3.lambda_return(reward, boot, torch.full((5,), 332 / 333), (1 - last) * 0.95)
+    assert np.allclose(target, [9.803514, 8.978979, 11.738966, 11.972973], atol=1e-5)
+    logp = d3.unimix(torch.tensor([[2.0, 0, -1]]), 0.01)
+    assert np.allclose(logp.exp(), [[0.8386901, 0.1163866, 0.0449233]], atol=1e-6)
+    assert abs(d3.kl_categorical(logp, d3.unimix(torch.tensor([[0.0, 0, 1]]), 0.01)) - 0.9640024) < 1e-5
+    x = torch.arange(10.0) ** 2
+    assert abs(d3.percentile(x, 0.05) - 0.45) < 1e-5 and abs(d3.percentile(x, 0.95) - 73.35) < 1e-4

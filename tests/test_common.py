@@ -50,7 +50,7 @@ def made(module, monkeypatch):
 def short(module, env_id, root, **flags):
     """Args of a run of about a second."""
     flags = dict(total_timesteps=120, learning_starts=20, checkpoint_every=120) | flags
-    return module.Args(env_id=env_id, size="debug", device="cpu", run_root=str(root), **flags)
+    return module.Args(env_id=env_id, size="debug", run_root=str(root), **{"device": "cpu", **flags})
 
 
 def experience(module, env_id="Tiny-both-discrete-v0", rows=40, num_envs=2, **flags):
@@ -694,6 +694,9 @@ def test_resume_without_rebuilding(module, tmp_path, made, capsys):
     assert "could not be rebuilt" in capsys.readouterr().out
     replay = made["Replay"][-1]
     assert replay.data["is_first"][rows % 30].all() and rows < replay.rows < rows + 20
+    assert (
+        max(module.load(first["run_dir"], "cpu")["now"]["lengths"]) <= replay.rows - rows
+    )  # counted from the new start
     batch = replay.sample(400, 9, online=False)
     assert torch.equal(batch["is_last"][:, :-1], batch["is_first"][:, 1:])
 

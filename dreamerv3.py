@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch==2.13.0", "numpy", "gymnasium", "ale-py", "dm_control", "mujoco>=3.17,<4", "tyro", "tensorboard",
+#   "torch==2.13.0", "numpy", "gymnasium>=1.3", "ale-py", "dm_control", "mujoco>=3.17,<4", "tyro", "tensorboard",
 # ]
 # ///
 """DreamerV3: learn a model of the world, then learn to act inside it, with one set of hyperparameters for every domain.

@@ -1310,11 +1310,13 @@ def restore(saved, args, agent, replay, envs, run_dir):
     row, began = start_row(envs, now["seed"]), time.time()
     place = torch.arange(now["seed_row"], replay.rows) % replay.length
     print(f"resume    {len(place):,} steps of the environments are played again, for 5 minutes at most", flush=True)
-    for action in replay.data["action"][place].cpu().numpy() if len(place) <= replay.length else []:
+    rebuilt = len(place) <= replay.length
+    for action in replay.data["action"][place].cpu().numpy() if rebuilt else []:
         row = next_row(envs, action, row)
         if time.time() - began > 300:
+            rebuilt = False
             break
-    if not all(np.array_equal(row[key], saved["row"][key].numpy()) for key in row):
+    if not rebuilt or not all(np.array_equal(row[key], saved["row"][key].numpy()) for key in row):
         print("the environments could not be rebuilt: new episodes begin, the interrupted ones are abandoned")
         now.update(seed=args.seed + replay.rows, seed_row=replay.rows)
         now.update(returns=[0.0] * args.num_envs, lengths=[0] * args.num_envs)

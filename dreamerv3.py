@@ -1258,7 +1258,10 @@ def finite(stats, step):
 
 
 def record(writer, args, now, stats, spent, since, replay):
-    """One progress line, and the scalars for TensorBoard. spent: seconds by part; since: time and step of last call."""
+    """One progress line, and the scalars for TensorBoard. spent: seconds by part; since: time and step of last call.
+
+    On a GPU perf/train_ms is the time to queue updates; the wait until they are done is in perf/act_ms.
+    """
     steps, seconds = max(1, now["step"] - since[1]), time.time() - since[0]
     score = np.mean(now["recent"]) if now["recent"] else float("nan")
     left = max(0, args.total_timesteps - now["step"]) * seconds / steps

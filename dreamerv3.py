@@ -1221,11 +1221,8 @@ def describe(args, agent, replay, run_dir):
     print(f"run       {run_dir}\ndevice    {gpu or warning}; PyTorch {torch.__version__}")
     print(f"agent     {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
     print(f"replay    {args.buffer_size:,} rows x {replay.row_bytes / 1024:.1f} KiB = {gib:.1f} GiB of {place} memory")
-    print(
-        f"training  1 gradient step, on {args.batch_size} x {args.batch_length} steps, per {every:g} policy steps:",
-        end=" ",
-    )
-    print(f"--train-ratio {args.train_ratio:g} replays each step so many times")
+    batch, ratio = f"{args.batch_size} x {args.batch_length} steps", f"{args.train_ratio:g} times (--train-ratio)"
+    print(f"training  1 gradient step on {batch} per {every:g} policy steps: each step is replayed {ratio}")
     steps = f"{args.total_timesteps:,} policy steps = {args.total_timesteps * args.action_repeat:,} frames"
     late = args.learning_starts + args.num_envs * args.batch_length >= args.total_timesteps
     print(f"length    {steps}" + "  <-- WARNING: ends before --learning-starts, trains nothing" * late, flush=True)

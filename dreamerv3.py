@@ -1048,6 +1048,12 @@ def make_envs(env_id, num_envs, seed, args):
     sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
     if len(sizes) > 1 or any(side % 16 or not 48 <= side <= 256 for size in sizes for side in size):
         fail(f"--env-id {env_id}: images of {sizes}; allowed: one size, sides a multiple of 16 from 48 to 256")
+    if args.capture_video and not sizes:
+        try:
+            envs.reset(seed=seed)
+            assert envs.render() is not None, "no picture"
+        except Exception as error:
+            fail(f"--capture-video: {env_id} cannot be rendered here ({error}); allowed: with a renderer installed")
     envs.action_space.seed(seed)  # reset does not
     return envs
 
@@ -1185,7 +1191,7 @@ def load(path, device, need=()):
 def load_agent(path, device="auto"):
     """path: checkpoint or run folder -> the agent, its Args."""
     state = load(path, "cpu", need=("args", "agent"))
-    args = replace(Args(**state["args"]), device=device)
+    args = replace(Args(**state["args"]), device=device, capture_video=False)
     envs = make_envs(args.env_id, 1, args.seed, args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
     envs.close()

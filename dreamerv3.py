@@ -134,6 +134,7 @@ def widths(d, **run):
 
 
 RUN = dict(total_timesteps=400_000, batch_size=16, batch_length=64, train_ratio=512.0, learning_starts=1024)
+RUN |= dict(checkpoint_every=10_000)
 DEBUG = dict(total_timesteps=400, batch_size=4, batch_length=8, train_ratio=4.0, learning_starts=64)
 SIZES = {"debug": widths(32, checkpoint_every=200, **DEBUG), "1m": widths(64), "12m": widths(256), "25m": widths(384)}
 SIZES |= {"50m": widths(512), "100m": widths(768), "200m": widths(1024), "400m": widths(1536)}
@@ -144,7 +145,7 @@ def resolve(args: Args) -> Args:
 
     Stops with exit code 2 where a number that must be positive is not.
     """
-    preset = {**RUN, "checkpoint_every": 10_000, **SIZES[args.size]}
+    preset = {**RUN, **SIZES[args.size]}
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     repeat = {"ALE": 4, "dm_control": 2}.get(args.env_id.split("/")[0], 1)
     rows = min(args.total_timesteps * 9 // 8, 1_000_000)  # an eighth for the rows of resets
@@ -996,13 +997,11 @@ def adapt(env, args, repeat):
     else:
         env = gym.wrappers.TransformAction(env, lambda a: a + action.start, spaces.Discrete(action.n))
 
-    def flatten(key, x):
-        return x if is_image(parts[key]) else spaces.flatten(parts[key], x).astype(np.float32)
-
-    sizes = {key: part if is_image(part) else spaces.flatdim(part) for key, part in parts.items()}
-    vectors = {key: spaces.Box(-np.inf, np.inf, (size,)) for key, size in sizes.items() if isinstance(size, int)}
-    as_dict = lambda obs: {key: flatten(key, obs[key] if named else obs) for key in parts}
-    return gym.wrappers.TransformObservation(env, as_dict, spaces.Dict({**sizes, **vectors}))
+    flat_space = lambda part: part if is_image(part) else spaces.Box(-np.inf, np.inf, (spaces.flatdim(part),))
+    flatten = lambda part, x: x if is_image(part) else spaces.flatten(part, x).astype(np.float32)
+    as_dict = lambda obs: {key: flatten(part, obs[key] if named else obs) for key, part in parts.items()}
+    space = spaces.Dict({key: flat_space(part) for key, part in parts.items()})
+    return gym.wrappers.TransformObservation(env, as_dict, space)
 
 
 def atari_envs(env_id, num_envs, args, **kwargs):
@@ -1218,8 +1217,8 @@ def show(args):
 # === Part 3: training =================================================================================================
 
 
-def describe(args, agent, replay, run_dir):
-    """Say what is about to run, before it takes hours."""
+def describe(args, agent, replay, run_dir, needed):
+    """Say what is about to run, before it takes hours. needed: rows at the first update."""
     gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
     warning = "CPU  <-- WARNING: no GPU; images will take days" if agent.decoder.images else "CPU (vectors: fine)"
     gib, place = args.buffer_size * replay.row_bytes / 2**30, "main" if replay.device.type == "cpu" else "GPU"
@@ -1230,8 +1229,8 @@ def describe(args, agent, replay, run_dir):
     batch, ratio = f"{args.batch_size} x {args.batch_length} steps", f"{args.train_ratio:g} times (--train-ratio)"
     print(f"training  1 gradient step on {batch} per {every:g} policy steps: each step is replayed {ratio}")
     steps = f"{args.total_timesteps:,} policy steps = {args.total_timesteps * args.action_repeat:,} frames"
-    late = args.learning_starts + args.num_envs * args.batch_length >= args.total_timesteps
-    print(f"length    {steps}" + "  <-- WARNING: ends before --learning-starts, trains nothing" * late, flush=True)
+    late = "  <-- WARNING: ends before --learning-starts, trains nothing" if needed >= args.total_timesteps else ""
+    print(f"length    {steps}{late}", flush=True)
 
 
 def open_writer(args, run_dir, step):
@@ -1336,7 +1335,7 @@ def restore(saved, args, agent, replay, envs, run_dir):
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
     if args.eval or args.dream:
-        return show(args)
+        return show(resolve(args))
     saved = load(args.resume, "cpu", need=("args", "agent", "now")) if args.resume else None
     args = resolve(resumed(args, saved["args"]) if saved else args)
     needed = args.num_envs * (-(-args.learning_starts // args.num_envs) + args.batch_length)  # rows at the first update
@@ -1361,7 +1360,7 @@ def train(args: Args) -> dict:
         run_dir.mkdir(parents=True, exist_ok=bool(saved))
     except OSError as error:
         fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
-    describe(args, agent, replay, run_dir)
+    describe(args, agent, replay, run_dir, needed)
     # now: all that a run knows beside weights and replay; seed_row: when the environments were last seeded
     now = {"step": 0, "updates": 0, "first_step": None, "seed": args.seed, "seed_row": 0, "recent": []}
     now |= {"returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}

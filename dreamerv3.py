@@ -113,7 +113,7 @@ class Args:
     classes: int | None = None  # K
     depth: int | None = None  # half the channels of the first convolution
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    bf16: bool = True  # bfloat16 matrix products and convolutions on a GPU
+    bf16: bool = True  # bfloat16 matrix products and convolutions on a GPU; on a CPU only if it has AMX
     cuda_graph: bool = True  # replay the whole update as one CUDA graph on a GPU
     torch_deterministic: bool = False  # ask cuDNN for deterministic kernels
     exp_name: str = Path(__file__).stem  # names the run
@@ -381,6 +381,24 @@ class Encoder(nn.Module):
         return torch.cat(tokens, -1)
 
 
+def upsample_conv(x, conv):
+    """conv(nearest-neighbour upsampling of x): (B, C, h, w) -> (B, O, 2h, 2w), for a 5x5 kernel with padding 2.
+
+    Among 5 neighbours are copies of the same 3 pixels, and which ones depends on whether the output row is even or odd.
+    So each of the 2x2 phases is a 3x3 convolution of the small image, with sums of taps as weights: 9 products, not 25.
+    """
+
+    def fold(w):
+        """(..., 5) taps -> (..., 2, 3): which of them meet the same pixel, for even and for odd positions."""
+        a, b, c, d, e = w.unbind(-1)
+        return torch.stack([a + b, c + d, e, a, b + c, d + e], -1).unflatten(-1, (2, 3))
+
+    taps = fold(fold(conv.weight).movedim(2, -1))  # (O, C, 2, 3, 2, 3): columns, then rows
+    weight = taps.permute(4, 2, 0, 1, 5, 3).flatten(0, 2)  # (4*O, C, 3, 3)
+    y = F.conv2d(x, weight, conv.bias.repeat(4), padding=1).permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))
+    return y.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
 class Decoder(nn.Module):
     """Features -> predicted observations: vectors in symlog space, images in 0 to 1."""
 
@@ -418,7 +436,7 @@ class Decoder(nn.Module):
             x = x.permute(0, 2, 3, 1, 4).flatten(3)  # each block of the layer owns some of the channels
             x = (x + self.from_stoch(stoch).view(x.shape)).permute(0, 3, 1, 2)
             for norm, conv in zip(self.norms, self.convs, strict=True):
-                x = conv(F.interpolate(F.silu(norm(x, dim=1)), scale_factor=2, mode="nearest"))
+                x = upsample_conv(F.silu(norm(x, dim=1)), conv)
             image = x.float().sigmoid().permute(0, 2, 3, 1).unflatten(0, feat.shape[:2])
             parts = image.split([self.shapes[key][-1] for key in self.images], -1)
             out.update(zip(self.images, parts, strict=True))
@@ -512,10 +530,9 @@ class RSSM(nn.Module):
         own = deter.to(shared.dtype).view(N, G, -1)  # each block sees its own slice of h, and all of the shared input
         x = torch.cat([own, shared[:, None].expand(-1, G, -1)], -1).flatten(1)
         x = F.silu(self.core_norm(self.core_hidden(x)))  # (N, D)
-        reset, cand, update = self.core_gates(x).float().view(N, G, 3, -1).unbind(2)
-        cand = torch.tanh(reset.sigmoid() * cand).flatten(1)  # (N, D)
-        update = (update - 1).sigmoid().flatten(1)  # (N, D); the -1 makes a new network remember
-        return update * cand + (1 - update) * deter
+        reset, cand, update = (gate.flatten(1) for gate in self.core_gates(x).float().view(N, G, 3, -1).unbind(2))
+        cand = torch.tanh(reset.sigmoid() * cand)  # (N, D)
+        return torch.lerp(deter, cand, (update - 1).sigmoid())  # the -1 makes a new network remember
 
     def prior(self, deter):
         """Logits of p(z | h): (..., D) -> (..., S, K)."""
@@ -1342,6 +1359,7 @@ def train(args: Args) -> dict:
     if args.buffer_size // args.num_envs * args.num_envs < min(needed, args.total_timesteps):
         fail(f"--buffer-size {args.buffer_size}: training starts with {needed:,} rows; allowed: that many or more")
     keep_memory()
+    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")  # medium: oneDNN, float32 without AMX
     for seed in random.seed, np.random.seed, torch.manual_seed:
         seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic

@@ -3,6 +3,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from test_common import experience, window
 
 import dreamerv3 as d3
@@ -52,6 +53,19 @@ def test_observe_equals_its_steps():
         state = {key: step[key][:, 0] for key in ("deter", "stoch")}
         for key in step:
             assert torch.allclose(step[key][:, 0], whole[key][:, t], rtol=1e-4, atol=1e-5), key
+
+
+def test_upsample_conv():
+    """Four 3x3 convolutions of the small image give what a 5x5 convolution of the doubled one gives, borders too."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(6, 7, 5, padding=2).double()
+    x = torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
+    plain = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    fast = d3.upsample_conv(x, conv)
+    assert torch.allclose(fast, plain, rtol=0, atol=1e-12)
+    weight = torch.randn_like(plain)
+    for a, b in zip(*(torch.autograd.grad(y, [x, *conv.parameters()], weight) for y in (fast, plain)), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
 def test_samples_follow_their_distribution():

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: MIT
+"""Time and memory of every file as a table; nothing here is asserted. python tests/bench.py [--device cuda] [CASE ...]
+
+Each case runs in a process of its own, so that its peak memory and its time from start to first update are its own.
+core s is the processor time of all threads per update: pin the process (taskset -c 0) for figures that compare.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+IMAGE, VECTOR = (64, 64, 3), (24,)
+CPU = {
+    "update debug": dict(size="debug", batch_size=16, batch_length=64),
+    "update 1m": dict(size="1m"),
+    "update 12m, 4x16": dict(size="12m", batch_size=4, batch_length=16),
+    "update 12m": dict(size="12m"),
+    "update 1m, vectors": dict(size="1m", shape=VECTOR),
+    "act 1m, 1 environment": dict(size="1m", act=1),
+    "act 1m, 16 environments": dict(size="1m", act=16),
+    "act 12m, 1 environment": dict(size="12m", act=1),
+    "act 12m, 16 environments": dict(size="12m", act=16),
+    "Pong 1m, 4 steps an update": dict(size="1m", pong=True),
+}
+GPU = {
+    f"update {size}, {kind}, {'bf16' if bf16 else 'fp32'}": dict(size=size, shape=shape, bf16=bf16)
+    for size in ("1m", "12m", "50m", "200m")
+    for kind, shape in (("images", IMAGE), ("vectors", VECTOR))
+    for bf16 in (True, False)
+}
+GPU |= {f"act {size}, {n} environments": dict(size=size, act=n) for size in ("12m", "200m") for n in (1, 16)}
+
+
+def timed(work, wait, budget):
+    """Call work() for budget seconds, 5 times at least -> median ms, processor seconds of one call."""
+    times, cpu = [], time.process_time()
+    while len(times) < 5 or sum(times) < budget:
+        began = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - began)
+    return 1000 * statistics.median(times), (time.process_time() - cpu) / len(times)
+
+
+def measure(began, device, budget, shape=IMAGE, act=0, pong=False, **flags):
+    """One case -> {column: number}. began: when the process was started."""
+    import numpy as np
+    import torch
+    from gymnasium import spaces
+
+    import dreamerv3 as module
+
+    if pong:
+        with tempfile.TemporaryDirectory() as root:
+            flags |= dict(total_timesteps=340, learning_starts=192, log_every=1e9, run_root=root)
+            began = time.process_time()
+            result = module.train(module.Args(device=device, train_ratio=256, **flags))
+            return {"agent steps / core s": result["updates"] * 4 / (time.process_time() - began)}
+    args = module.resolve(module.Args(device=device, **flags))
+    module.keep_memory()
+    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")
+    torch.backends.cudnn.benchmark = True
+    image = len(shape) == 3
+    space = spaces.Box(0, 255, shape, np.uint8) if image else spaces.Box(-np.inf, np.inf, shape, np.float32)
+    obs_space, action_space, rng = spaces.Dict(obs=space), spaces.Discrete(6), np.random.default_rng(0)
+    agent = module.Agent(obs_space, action_space, args)
+    wait = torch.cuda.synchronize if agent.device.type == "cuda" else lambda: None
+    N = act or 4
+    latents = {key: (x.shape[1:], x.dtype) for key, x in agent.latents(agent.initial(N)).items()}
+    replay = module.Replay(1000 * N, N, obs_space, action_space, agent.device, latents)
+    state, ends = agent.initial(N), np.zeros(N, bool)
+    rows = []
+    for i in range(8):
+        obs = rng.integers(0, 256, (N, *shape), np.uint8) if image else rng.normal(size=(N, *shape)).astype(np.float32)
+        rows.append({"obs": obs, "reward": np.float32(ends), "is_first": ends | (i == 0), "is_last": ends})
+    if act:
+        work = lambda: agent.act(rows[0], ends, state)
+        work()
+        ms, core = timed(work, wait, budget)
+        return {"median ms": ms, "core s": core}
+    for i in range(200):
+        action, state = agent.act(rows[i % 8], rows[i % 8]["is_first"], state)
+        replay.add({**rows[i % 8], "is_terminal": ends, "action": action, **agent.latents(state)})
+
+    def work():
+        batch = replay.sample(args.batch_size, args.batch_length + agent.context)
+        agent.update(batch)
+        replay.write(batch, agent.context)
+
+    work()
+    wait()
+    first = time.time() - began
+    for _ in range(4 if agent.device.type == "cuda" else 1):
+        work()
+    ms, core = timed(work, wait, budget)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if agent.device.type == "cuda":
+        memory = torch.cuda.max_memory_reserved()
+    return {"median ms": ms, "core s": core, "peak GB": memory / 1e9, "first update s": first}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help="beginnings of the names of cases; all if none is given")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, default=20.0, help="per case")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    cases = CPU if args.device == "cpu" else GPU
+    if args.one:
+        name, began = json.loads(args.one)
+        numbers = measure(began, args.device, args.seconds, **cases[name])
+        print(json.dumps(numbers))
+        return
+    import torch
+
+    device = torch.cuda.get_device_name() if args.device != "cpu" else f"{len(os.sched_getaffinity(0))} CPU cores"
+    print(f"{device}, PyTorch {torch.__version__}, batch 16 x 64 and images of 64x64x3 unless named otherwise\n")
+    columns = ["median ms", "core s", "peak GB", "first update s", "agent steps / core s"]
+    print(f"| case | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for name in cases:
+        if args.cases and not any(name.startswith(text) for text in args.cases):
+            continue
+        own = ["--device", args.device, "--seconds", str(args.seconds), "--one", json.dumps([name, time.time()])]
+        result = subprocess.run([sys.executable, __file__, *own], capture_output=True, text=True)
+        if result.returncode:
+            print(f"| {name} | {(result.stderr.splitlines() or ['failed'])[-1]} |", flush=True)
+            continue
+        numbers = json.loads(result.stdout.splitlines()[-1])
+        cells = [f"{numbers[key]:.3g}" if key in numbers else "" for key in columns]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

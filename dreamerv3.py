@@ -107,6 +107,7 @@ class Args:
     stoch: int = 32  # S, Table
     blocks: int = 8  # G, Table
     bins: int = 255  # V, Table
+    ablate: Literal["none", "kl", "return_norm", "symlog", "unimix", "recon", "reward_value"] = "none"  # see ABLATE
     deter: int | None = None  # D; by --size, as the four below
     hidden: int | None = None  # U inside the RSSM
     units: int | None = None  # U of encoder, decoder and heads
@@ -140,6 +141,16 @@ SIZES = {"debug": widths(32, checkpoint_every=200, **DEBUG), "1m": widths(64), "
 SIZES |= {"50m": widths(512), "100m": widths(768), "200m": widths(1024), "400m": widths(1536)}
 
 
+# The paper's ablations, by --ablate. kl: without balance and free nats, one KL of weight 1 for both sides; return_norm:
+# returns are not divided by their range; symlog: plain numbers and squared errors, for vectors too; unimix: none; recon
+# and reward_value: these predictions are learned, but their gradients do not reach the world model.
+ABLATE = {
+    "kl": dict(free_nats=0.0, rep_scale=1.0),
+    "unimix": dict(unimix=0.0, actor_unimix=0.0),
+    "symlog": dict(bins=1),
+}
+
+
 def resolve(args: Args) -> Args:
     """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
 
@@ -153,11 +164,18 @@ def resolve(args: Args) -> Args:
     args = replace(args, **{key: value for key, value in derived.items() if getattr(args, key) is None})
     positive = ["num_envs", "action_repeat", "total_timesteps", "batch_size", "train_ratio", "learning_starts"]
     positive += ["buffer_size", "checkpoint_every", "imag_horizon", "warmup", "eval_episodes"]
-    for name, least in {**dict.fromkeys(positive, 0), "batch_length": 1, "bins": 2}.items():
+    for name, least in {**dict.fromkeys(positive, 0), "batch_length": 1, "bins": 0}.items():
         if getattr(args, name) <= least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than {least}")
+    for name, value in ABLATE.get(args.ablate, {}).items():
+        if getattr(args, name) not in (value, getattr(Args, name)):
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: --ablate {args.ablate} sets it to {value}")
+    args = replace(args, **ABLATE.get(args.ablate, {}))
     if args.bins % 2 == 0 or args.deter % args.blocks or 4 * args.depth % args.blocks:
         fail(f"--bins {args.bins} must be odd; --blocks {args.blocks} must divide --deter and 4 x --depth")
+    for name, family in ("obs", "dm_control"), ("atari_protocol", "ALE"):
+        if getattr(args, name) != getattr(Args, name) and not args.env_id.startswith(family + "/"):
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: with --env-id {family}/... only")
     if args.track and not importlib.util.find_spec("wandb"):
         fail("--track: Weights & Biases is missing; allowed after: pip install wandb")
     return args
@@ -196,8 +214,11 @@ def twohot(x, bins):
 def twohot_loss(logits, bins, *targets):
     """Eq. 11: cross-entropy of softmax(logits) with twohot(x), summed over the targets x.
 
-    logits: (..., V); targets: (...) each -> (...). Two gathered logits are cheaper than a dense (..., V) target.
+    logits: (..., V); targets: (...) each -> (...). Two gathered logits are cheaper than a dense (..., V) target. V = 1:
+    the squared error of a plain number, --ablate symlog.
     """
+    if len(bins) == 1:
+        return sum((logits[..., 0] - x.detach()).square() for x in targets)
     logp = logits.float().log_softmax(-1)
     pairs = [twohot(x.detach(), bins) for x in targets]
     return -sum((logp.gather(-1, index) * weight).sum(-1) for index, weight in pairs)
@@ -207,8 +228,10 @@ def twohot_mean(logits, bins):
     """Eq. 10: softmax(logits) . bins. logits: (..., V) -> (...).
 
     Bins reach 4.85e8, so that a plain sum over uniform probabilities gives noise of +-40. The difference of mirrored
-    probabilities first, and it gives exactly 0, whatever the order of summation.
+    probabilities first, and it gives exactly 0, whatever the order of summation. V = 1: the number itself.
     """
+    if len(bins) == 1:
+        return logits[..., 0]
     half = len(bins) // 2
     probs = logits.float().softmax(-1)
     return ((probs[..., half + 1 :] - probs[..., :half].flip(-1)) * bins[half + 1 :]).sum(-1)
@@ -356,6 +379,7 @@ class Encoder(nn.Module):
         self.images = sorted(key for key, space in obs_space.items() if is_image(space))
         self.vectors = sorted(key for key in obs_space if key not in self.images)
         self.size = args.units if self.vectors else 0  # E
+        self.squash = nn.Identity() if args.ablate == "symlog" else symlog
         if self.vectors:
             self.mlp = mlp(sum(obs_space[key].shape[0] for key in self.vectors), args.units, 3)
         if self.images:
@@ -371,7 +395,7 @@ class Encoder(nn.Module):
         """{key: (B, T, ...)} -> (B, T, E)."""
         tokens = []
         if self.vectors:
-            tokens.append(self.mlp(torch.cat([symlog(obs[key].float()) for key in self.vectors], -1)))
+            tokens.append(self.mlp(torch.cat([self.squash(obs[key].float()) for key in self.vectors], -1)))
         if self.images:
             image = torch.cat([obs[key] for key in self.images], -1)
             x = image.flatten(0, 1).permute(0, 3, 1, 2) / 255 - 0.5  # channels-last memory: the permutes move no data
@@ -709,13 +733,17 @@ class Agent(nn.Module):
             post = self.rssm.observe(self.encoder(obs), action, batch["is_first"][:, 1:], state)
             feat = self.rssm.feat(post)  # (B, T, F)
             prior_logits = self.rssm.prior(post["deter"])  # (B, T, S, K)
-            recon, reward_logits, cont_logit = self.decoder(feat), self.reward(feat), self.cont(feat)[..., 0]
+            recon = self.decoder(feat.detach() if args.ablate == "recon" else feat)
+            reward_logits = self.reward(feat.detach() if args.ablate == "reward_value" else feat)
+            cont_logit = self.cont(feat)[..., 0]
         post_logp, prior_logp = unimix(post["logits"], args.unimix), unimix(prior_logits, args.unimix)
         losses = {}
         if self.decoder.images:  # summed over pixels: no mean, no 1/2
             losses["image"] = sum((recon[key] - obs[key] / 255).square().sum((2, 3, 4)) for key in self.decoder.images)
         if self.decoder.vectors:
-            losses["vector"] = sum((recon[key] - symlog(obs[key])).square().sum(2) for key in self.decoder.vectors)
+            losses["vector"] = sum(
+                (recon[key] - self.encoder.squash(obs[key])).square().sum(2) for key in self.decoder.vectors
+            )
         losses["reward"] = twohot_loss(reward_logits, self.bin_values, batch["reward"][:, 1:])
         # the continue head learns the discounted probability, so imagination needs no gamma of its own
         cont = (1 - batch["is_terminal"][:, 1:].float()) * args.gamma  # (B, T)
@@ -751,7 +779,8 @@ class Agent(nn.Module):
         with self.autocast():
             logits = self.critic(imag_feat)  # (N, H+1, V)
             dist = self.actor.dist(imag_feat[:, :-1])
-            replay_logits = self.critic(feat)  # (B, T, V), with gradient into the world model
+            # with gradient into the world model
+            replay_logits = self.critic(feat.detach() if args.ablate == "reward_value" else feat)  # (B, T, V)
             with torch.no_grad():
                 replay_slow = twohot_mean(self.slow_critic(feat), bins)  # (B, T)
         value = twohot_mean(logits.detach(), bins)  # (N, H+1); of the online critic, not the slow one
@@ -759,6 +788,7 @@ class Agent(nn.Module):
         percentiles = torch.stack([percentile(returns, 0.05), percentile(returns, 0.95)])  # (2)
         self.return_range.lerp_(percentiles, args.return_rate)
         scale = (self.return_range[1] - self.return_range[0]).clamp(min=1)  # max(1, S): noise is not blown up
+        scale = torch.ones_like(scale) if args.ablate == "return_norm" else scale
         weight = cont.cumprod(1)[:, :-1]  # (N, H), beginning with the continue probability of the start itself
         logp, entropy = self.actor.log_prob(dist, action), self.actor.entropy(dist)
         actor = actor_loss(logp, entropy, returns, value[:, :-1], weight, scale, args.entropy_scale)
@@ -943,9 +973,16 @@ class Replay:
                 save(folder / self.files[-1][2], **data)
         return self.state_dict()
 
+    def sweep(self, folder):
+        """Delete what the checkpoint does not name: rows that left the ring, and what a crash left behind."""
+        for path in folder.iterdir():
+            if path.name not in {name for _, _, name in self.files}:
+                path.unlink()
+
     def load(self, folder, state):
         """Read back what save wrote, into a replay of the same size."""
         self.rows, self.online, self.files = state["rows"], state["online"], state["files"]
+        self.sweep(folder)
         for first, end, name in self.files:
             for key, values in load(folder / name, "cpu").items():
                 self.data[key][torch.arange(first, end) % self.length] = values.to(self.device)
@@ -960,12 +997,15 @@ class DMControl(gym.Env):
     def __init__(self, env_id, obs, repeat=1, size=64):
         if sys.platform == "linux":
             os.environ.setdefault("MUJOCO_GL", "egl")  # headless; must be set before the first import
-        from dm_control import suite
-
         self.domain, _, self.task = env_id.removeprefix("dm_control/").removesuffix("-v0").partition("-")
-        self.suite, self.obs, self.repeat, self.size = suite, obs, repeat, size
-        self.camera = 2 if self.domain == "quadruped" else 0
-        first, _ = self.reset(seed=0)
+        self.obs, self.repeat, self.size, self.camera = obs, repeat, size, 2 if self.domain == "quadruped" else 0
+        try:
+            from dm_control import suite
+
+            self.suite = suite
+            first, _ = self.reset(seed=0)
+        except (AttributeError, ImportError, RuntimeError) as error:  # all of these mean: no renderer
+            fail(f"--env-id {env_id}: {error}; allowed: with libegl installed, or vectors with MUJOCO_GL=disable")
         box = lambda x: spaces.Box(*((0, 255) if x.dtype == np.uint8 else (-np.inf, np.inf)), x.shape, x.dtype)
         self.observation_space = spaces.Dict({key: box(x) for key, x in first.items()})
         spec = self.env.action_spec()
@@ -1139,7 +1179,7 @@ def open_loop(agent, batch):
         last, plan = {key: x[:, -1] for key, x in post.items()}, iter(action[:, seen:].unbind(1))
         feat, _ = agent.rssm.imagine(last, lambda _: next(plan), is_first.shape[1] - seen)
         model = picture(agent.decoder(torch.cat([agent.rssm.feat(post), feat[:, 1:]], 1)))
-    truth = picture({key: x if x.dtype == torch.uint8 else symlog(x) for key, x in obs.items()})
+    truth = picture({key: x if x.dtype == torch.uint8 else agent.encoder.squash(x) for key, x in obs.items()})
     return film(torch.cat([truth, model, (model - truth + 255) / 2], 2), seen)
 
 
@@ -1183,13 +1223,16 @@ def evaluate(agent, args, episodes, video=None):
 
 
 def save(path, **state):
-    """Atomic: either the whole new file stands under its name, or still the old one."""
+    """Atomic: either the whole new file stands under its name, or still the old one, and nothing beside it."""
     temporary = Path(path).with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(path, device, need=()):
@@ -1204,14 +1247,36 @@ def load(path, device, need=()):
         fail(f"{path}: cannot be read ({type(error).__name__}: {text}); allowed: a checkpoint.pt")
 
 
-def load_agent(path, device="auto"):
-    """path: checkpoint or run folder -> the agent, its Args."""
+def merge(args, path, saved, free):
+    """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given."""
+    if saved.keys() != {x.name for x in fields(Args)}:
+        fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
+    asked = {x.name: getattr(args, x.name) for x in fields(Args) if getattr(args, x.name) != x.default}
+    for name, value in asked.items():
+        if name not in free and value != saved[name]:
+            flag = "--" + name.replace("_", "-")
+            fail(f"{flag} {value}: the run at {path} has {saved[name]}; allowed to change: {', '.join(free)}")
+    return replace(Args(**saved), **{name: value for name, value in asked.items() if name in free})
+
+
+def restore_weights(agent, state, path):
+    """Load a state_dict, or stop with one line where shapes differ."""
+    try:
+        agent.load_state_dict(state)
+    except RuntimeError as error:
+        line = str(error).splitlines()[-1].strip()
+        fail(f"{path}: made for other observations or actions ({line}); allowed: the environment it was trained on")
+
+
+def load_agent(path, args=None):
+    """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     state = load(path, "cpu", need=("args", "agent"))
-    args = replace(Args(**state["args"]), device=device, capture_video=False)
+    free = ("eval", "dream", "eval_episodes", "device", "capture_video")
+    args = merge(args or Args(), path, {**state["args"], "capture_video": False, "device": "auto"}, free)
     envs = make_envs(args.env_id, 1, args.seed, args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
     envs.close()
-    agent.load_state_dict(state["agent"])
+    restore_weights(agent, state["agent"], path)
     return agent, args
 
 
@@ -1219,14 +1284,13 @@ def show(args):
     """--eval and --dream: print the returns, leave a GIF beside the checkpoint."""
     path = Path(args.eval or args.dream)
     folder = path if path.is_dir() else path.parent
-    agent, saved = load_agent(path, args.device)
-    saved = replace(saved, capture_video=args.capture_video)
+    agent, args = load_agent(path, args)
     if args.dream:
-        save_gif(folder / "dream.gif", dream(agent, saved))
+        save_gif(folder / "dream.gif", dream(agent, args))
         print(f"{folder}/dream.gif: the policy in imagination")
         return {"run_dir": str(folder)}
-    scores = evaluate(agent, saved, args.eval_episodes, folder / "eval.gif")
-    print(f"{saved.env_id}, {len(scores)} episodes: " + " ".join(f"{score:g}" for score in scores))
+    scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
+    print(f"{args.env_id}, {len(scores)} episodes: " + " ".join(f"{score:g}" for score in scores))
     print(f"mean {np.mean(scores):.1f}, standard deviation {np.std(scores):.1f}; {folder}/eval.gif")
     return {"run_dir": str(folder), "returns": scores}
 
@@ -1265,14 +1329,14 @@ def open_writer(args, run_dir, step):
     return writer
 
 
-def finite(stats, step):
+def finite(stats):
     """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
     update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
     """
     values = dict(zip(stats, torch.stack([x.float() for x in stats.values()]).tolist() if stats else [], strict=True))
     bad = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
     if bad:
-        raise FloatingPointError(f"policy step {step:,}: {', '.join(bad)}; the last checkpoint is from before that")
+        raise FloatingPointError(", ".join(bad))
     return values
 
 
@@ -1296,27 +1360,14 @@ def record(writer, args, now, stats, spent, since, replay):
 
 def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
     """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint and the files it names."""
-    names = [name for _, _, name in replay.save(run_dir / "replay")["files"]]
+    replay.save(run_dir / "replay")
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
     parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "replay": replay.state_dict()}
     parts |= {"now": now, "state": state, "row": {key: torch.as_tensor(x) for key, x in row.items()}}
     parts |= {"random": torch.get_rng_state(), "cuda_random": cuda, "args": asdict(args)}
     save(run_dir / "checkpoint.pt", **parts, source=SOURCE)
-    for path in (run_dir / "replay").iterdir():
-        if path.name not in names:
-            path.unlink()
+    replay.sweep(run_dir / "replay")
     writer.flush()
-
-
-def resumed(args, saved):
-    """The flags of a checkpoint. Those that --resume may change are taken from args, all others must agree."""
-    free = ("resume", "total_timesteps", "device", "checkpoint_every", "log_every", "capture_video", "track")
-    asked = {x.name: getattr(args, x.name) for x in fields(Args) if getattr(args, x.name) != x.default}
-    for name, value in asked.items():
-        if name not in free and value != saved[name]:
-            flag = "--" + name.replace("_", "-")
-            fail(f"{flag} {value}: the run to resume has {saved[name]}; allowed to change: {', '.join(free[1:])}")
-    return replace(Args(**saved), **{name: value for name, value in asked.items() if name in free})
 
 
 def restore(saved, args, agent, replay, envs, run_dir):
@@ -1325,7 +1376,7 @@ def restore(saved, args, agent, replay, envs, run_dir):
     Environments are rebuilt from the seed of their last reset and the actions since then, which lie in the replay.
     Where that is impossible, takes too long, or gives another observation, new episodes begin instead.
     """
-    agent.load_state_dict(saved["agent"])
+    restore_weights(agent, saved["agent"], args.resume)
     agent.optimizer.load_state_dict(saved["optimizer"])
     replay.load(run_dir / "replay", saved["replay"])
     now, state = saved["now"], {key: x.to(agent.device) for key, x in saved["state"].items()}
@@ -1349,12 +1400,68 @@ def restore(saved, args, agent, replay, envs, run_dir):
     return now, row, state
 
 
+def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
+    """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics.
+
+    row, state: the rows of all environments and the state of the agent before them; now: see train, kept up to date.
+    """
+    rows, per_update = args.batch_length + Agent.context, args.batch_size * args.batch_length / args.train_ratio
+    stats, since, spent = {}, (time.time(), now["step"]), {"act": 0.0, "train": 0.0, "env": 0.0}
+
+    while now["step"] < args.total_timesteps:
+        times = [time.time()]
+        action, state = agent.act(row, row["is_first"], state)
+        replay.add({**row, "action": action, **agent.latents(state)})
+        times.append(time.time())
+        if replay.windows(rows) >= args.learning_starts:
+            now["first_step"] = now["step"] if now["first_step"] is None else now["first_step"]
+            while now["updates"] < 1 + (now["step"] - now["first_step"]) // per_update:
+                batch = replay.sample(args.batch_size, rows)
+                batch = {key: x.to(agent.device, non_blocking=True) for key, x in batch.items()}
+                stats = agent.update(batch)  # a GPU works on it while the environments step
+                replay.write(batch, Agent.context)
+                now["updates"] += 1
+                if agent.device.type == "cpu":
+                    finite(stats)
+        times.append(time.time())
+        before, now["step"] = now["step"], now["step"] + int((~row["is_last"]).sum())  # a reset is no step
+        row = next_row(envs, action, row)
+        for n in range(args.num_envs):
+            now["returns"][n] = now["returns"][n] * (not row["is_first"][n]) + float(row["reward"][n])
+            now["lengths"][n] = 0 if row["is_first"][n] else now["lengths"][n] + 1
+            if row["is_last"][n]:
+                writer.add_scalar("charts/episodic_return", now["returns"][n], now["step"])
+                writer.add_scalar("charts/episodic_length", now["lengths"][n], now["step"])
+                now["recent"] = [*now["recent"], now["returns"][n]][-20:]
+        times.append(time.time())
+        spent = {key: x + times[i + 1] - times[i] for i, (key, x) in enumerate(spent.items())}
+        done = now["step"] >= args.total_timesteps
+        if time.time() - since[0] > args.log_every or done:
+            record(writer, args, now, finite(stats), spent, since, replay)
+            since, spent = (time.time(), now["step"]), dict.fromkeys(spent, 0.0)
+        if before // args.checkpoint_every < now["step"] // args.checkpoint_every or done:
+            finite(stats)
+            if replay.windows(rows):
+                video = open_loop(agent, replay.sample(6, rows, online=False))
+                save_gif(run_dir / "open_loop.gif", video, writer, now["step"])
+            checkpoint(args, run_dir, agent, replay, now, row, state, writer)
+            if args.capture_video:
+                scores = evaluate(agent, args, 1, run_dir / f"episode-{now['step']}.gif")
+                writer.add_scalar("eval/episodic_return", scores[0], now["step"])
+    return finite(stats)
+
+
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
+    modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]
+    if len(modes) > 1:
+        fail(f"{' '.join(modes)}: one of them at a time is allowed")
     if args.eval or args.dream:
-        return show(resolve(args))
+        resolve(args)
+        return show(args)
     saved = load(args.resume, "cpu", need=("args", "agent", "now")) if args.resume else None
-    args = resolve(resumed(args, saved["args"]) if saved else args)
+    free = ("resume", "total_timesteps", "device", "checkpoint_every", "log_every", "capture_video", "track")
+    args = resolve(merge(args, args.resume, saved["args"], free) if saved else args)
     needed = args.num_envs * (-(-args.learning_starts // args.num_envs) + args.batch_length)  # rows at the first update
     if args.buffer_size // args.num_envs * args.num_envs < min(needed, args.total_timesteps):
         fail(f"--buffer-size {args.buffer_size}: training starts with {needed:,} rows; allowed: that many or more")
@@ -1387,54 +1494,17 @@ def train(args: Args) -> dict:
     else:
         row = start_row(envs, args.seed)
     writer = open_writer(args, run_dir, now["step"])
-    rows, per_update = args.batch_length + Agent.context, args.batch_size * args.batch_length / args.train_ratio
-    stats, since, spent = {}, (time.time(), now["step"]), {"act": 0.0, "train": 0.0, "env": 0.0}
-
-    while now["step"] < args.total_timesteps:
-        times = [time.time()]
-        action, state = agent.act(row, row["is_first"], state)
-        replay.add({**row, "action": action, **agent.latents(state)})
-        times.append(time.time())
-        if replay.windows(rows) >= args.learning_starts:
-            now["first_step"] = now["step"] if now["first_step"] is None else now["first_step"]
-            while now["updates"] < 1 + (now["step"] - now["first_step"]) // per_update:
-                batch = replay.sample(args.batch_size, rows)
-                batch = {key: x.to(agent.device, non_blocking=True) for key, x in batch.items()}
-                stats = agent.update(batch)  # a GPU works on it while the environments step
-                replay.write(batch, Agent.context)
-                now["updates"] += 1
-                if agent.device.type == "cpu":
-                    finite(stats, now["step"])
-        times.append(time.time())
-        before, now["step"] = now["step"], now["step"] + int((~row["is_last"]).sum())  # a reset is no step
-        row = next_row(envs, action, row)
-        for n in range(args.num_envs):
-            now["returns"][n] = now["returns"][n] * (not row["is_first"][n]) + float(row["reward"][n])
-            now["lengths"][n] = 0 if row["is_first"][n] else now["lengths"][n] + 1
-            if row["is_last"][n]:
-                writer.add_scalar("charts/episodic_return", now["returns"][n], now["step"])
-                writer.add_scalar("charts/episodic_length", now["lengths"][n], now["step"])
-                now["recent"] = [*now["recent"], now["returns"][n]][-20:]
-        times.append(time.time())
-        spent = {key: x + times[i + 1] - times[i] for i, (key, x) in enumerate(spent.items())}
-        done = now["step"] >= args.total_timesteps
-        if time.time() - since[0] > args.log_every or done:
-            record(writer, args, now, finite(stats, now["step"]), spent, since, replay)
-            since, spent = (time.time(), now["step"]), dict.fromkeys(spent, 0.0)
-        if before // args.checkpoint_every < now["step"] // args.checkpoint_every or done:
-            finite(stats, now["step"])
-            if replay.windows(rows):
-                video = open_loop(agent, replay.sample(6, rows, online=False))
-                save_gif(run_dir / "open_loop.gif", video, writer, now["step"])
-            checkpoint(args, run_dir, agent, replay, now, row, state, writer)
-            if args.capture_video:
-                scores = evaluate(agent, args, 1, run_dir / f"episode-{now['step']}.gif")
-                writer.add_scalar("eval/episodic_return", scores[0], now["step"])
-    envs.close()
-    writer.close()
+    try:
+        stats = learn(args, agent, replay, envs, row, state, now, writer, run_dir)
+    except Exception as error:
+        last = f"{run_dir} holds the last checkpoint" if (run_dir / "checkpoint.pt").exists() else "no checkpoint yet"
+        raise RuntimeError(f"policy step {now['step']:,}: {type(error).__name__}: {error} ({last})") from error
+    finally:
+        envs.close()
+        writer.close()
     score = float(np.mean(now["recent"])) if now["recent"] else float("nan")
     result = {"run_dir": str(run_dir), "global_step": now["step"], "updates": now["updates"], "episodic_return": score}
-    return {**result, **finite(stats, now["step"])}
+    return {**result, **stats}
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ CPU = {
     "act 12m, 1 environment": dict(size="12m", act=1),
     "act 12m, 16 environments": dict(size="12m", act=16),
     "Pong 1m, 4 steps an update": dict(size="1m", pong=True),
+    "checkpoint of 10,000 new rows of 10,000, 12m": dict(size="12m", rows=10_000),
+    "checkpoint of 10,000 new rows of 1,000,000, 12m": dict(size="12m", rows=1_000_000),
 }
 GPU = {
     f"update {size}, {kind}, {'bf16' if bf16 else 'fp32'}": dict(size=size, shape=shape, bf16=bf16)
@@ -51,7 +53,7 @@ def timed(work, wait, budget):
     return 1000 * statistics.median(times), (time.process_time() - cpu) / len(times)
 
 
-def measure(began, device, budget, shape=IMAGE, act=0, pong=False, **flags):
+def measure(began, device, budget, shape=IMAGE, act=0, pong=False, rows=0, **flags):
     """One case -> {column: number}. began: when the process was started."""
     import numpy as np
     import torch
@@ -76,6 +78,13 @@ def measure(began, device, budget, shape=IMAGE, act=0, pong=False, **flags):
     wait = torch.cuda.synchronize if agent.device.type == "cuda" else lambda: None
     N = act or 4
     latents = {key: (x.shape[1:], x.dtype) for key, x in agent.latents(agent.initial(N)).items()}
+    if rows:
+        replay = module.Replay(rows, 1, obs_space, action_space, torch.device("cpu"), latents)
+        replay.rows, replay.files = rows, [(0, rows - 10_000, "rows")]
+        with tempfile.TemporaryDirectory() as folder:
+            replay.save(pathlib.Path(folder))
+            sizes = {path.name.split("-")[0]: path.stat().st_size / 1e6 for path in pathlib.Path(folder).iterdir()}
+        return {"rows MB": sizes["rows"], "latents MB": sizes["extras"], "replay GiB": rows * replay.row_bytes / 2**30}
     replay = module.Replay(1000 * N, N, obs_space, action_space, agent.device, latents)
     state, ends = agent.initial(N), np.zeros(N, bool)
     rows = []
@@ -87,7 +96,7 @@ def measure(began, device, budget, shape=IMAGE, act=0, pong=False, **flags):
         work()
         ms, core = timed(work, wait, budget)
         return {"median ms": ms, "core s": core}
-    for i in range(200):
+    for i in range(80):
         action, state = agent.act(rows[i % 8], rows[i % 8]["is_first"], state)
         replay.add({**rows[i % 8], "is_terminal": ends, "action": action, **agent.latents(state)})
 
@@ -126,6 +135,7 @@ def main():
     device = torch.cuda.get_device_name() if args.device != "cpu" else f"{len(os.sched_getaffinity(0))} CPU cores"
     print(f"{device}, PyTorch {torch.__version__}, batch 16 x 64 and images of 64x64x3 unless named otherwise\n")
     columns = ["median ms", "core s", "peak GB", "first update s", "agent steps / core s"]
+    columns += ["rows MB", "latents MB", "replay GiB"]
     print(f"| case | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for name in cases:
         if args.cases and not any(name.startswith(text) for text in args.cases):

@@ -15,16 +15,19 @@ class Tiny(gym.Env):
     the bounds of the Box); an image the same as gray squares, and a bar that moves. Rewards do not depend on actions.
     """
 
-    def __init__(self, obs="vector", action="discrete", size=64, channels=3, render_mode=None):
+    def __init__(self, obs="vector", action="discrete", size=64, channels=3, render_mode=None, raise_at=None):
         self.obs, self.size, self.channels, self.discrete = obs, size, channels, action == "discrete"
         self.start = 4 if obs == "odd" else 0
         self.action_space = spaces.Discrete(3, start=self.start) if self.discrete else spaces.Box(LOW, HIGH)
+        self.action_space = spaces.MultiBinary(3) if action == "multi" else self.action_space
         self.numbers = 5 if self.discrete else 4  # of a vector
         image = spaces.Box(0, 255, (size, size, channels), np.uint8)
         vector = spaces.Box(-np.inf, np.inf, (self.numbers,), np.float32)
         odd = {"grid": spaces.Box(-9, 9, (2, 3), np.float64), "number": spaces.Discrete(10)}
         odd["flags"] = spaces.MultiBinary(2)
         kinds = {"image": image, "vector": vector, "both": {"image": image, "vector": vector}, "odd": odd}
+        kinds["sequence"] = spaces.Sequence(vector)
+        self.steps, self.raise_at = 0, raise_at
         self.observation_space = spaces.Dict(kinds[obs]) if obs in ("both", "odd") else kinds[obs]
 
     def observe(self, reward, action):
@@ -43,13 +46,60 @@ class Tiny(gym.Env):
 
     def step(self, action):
         assert self.action_space.contains(action), action
-        self.count += 1
+        self.count, self.steps = self.count + 1, self.steps + 1
+        if self.steps == self.raise_at:
+            raise ValueError("the simulator broke")
         reward, end = float(self.np_random.integers(1, 8)) / 2, self.count == self.limit
         truncated = end and bool(self.np_random.integers(2))
         seen = np.eye(3)[action - self.start] if self.discrete else action
         return self.observe(reward, seen), reward, end and not truncated, truncated, {}
 
 
+class Recall(gym.Env):
+    """Four lanes; a goal is shown in the first frame only, and the agent (below) is to go to its lane and stay there.
+
+    The first action does nothing, then there are six: left, stay, right, each with reward 1 if it leaves the agent in
+    the lane of the goal. kind "image": the first frame has a square above the lane. kind "both": it has a bar above the
+    left or the right half, and a vector says which lane of the half, so that either alone leaves two lanes.
+    Optimum: 6, 6, 5, 4 for a goal 0, 1, 2, 3 lanes away, 5.5 on average; the best without memory: 1.5.
+    """
+
+    optimum = 5.5
+
+    def __init__(self, kind="image"):
+        self.kind = kind
+        image, lane = spaces.Box(0, 255, (64, 64, 3), np.uint8), spaces.Box(-1, 1, (1,), np.float32)
+        self.observation_space = image if kind == "image" else spaces.Dict({"image": image, "lane": lane})
+        self.action_space = spaces.Discrete(3)
+
+    def observe(self):
+        image, first = np.zeros((64, 64, 3), np.uint8), self.count == 0
+        image[48:, 16 * self.x : 16 * self.x + 16] = 255
+        if first and self.kind == "image":
+            image[:16, 16 * self.goal : 16 * self.goal + 16] = 255
+        elif first:
+            image[:16, 32 * (self.goal // 2) : 32 * (self.goal // 2) + 32] = 255
+        lane = np.float32([first * (2 * (self.goal % 2) - 1)])
+        return image if self.kind == "image" else {"image": image, "lane": lane}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count, self.x, self.goal = 0, *map(int, self.np_random.integers(4, size=2))
+        return self.observe(), {}
+
+    def step(self, action):
+        if self.count:
+            self.x = min(max(self.x + int(action) - 1, 0), 3)
+        self.count += 1
+        return self.observe(), float(self.count > 1 and self.x == self.goal), self.count == 7, False, {}
+
+
+for kind in "image", "both":
+    gym.register(f"Recall-{kind}-v0", entry_point="envs:Recall", kwargs=dict(kind=kind))
+
 for kind in "image", "vector", "both", "odd":
     for action in "discrete", "box":
         gym.register(f"Tiny-{kind}-{action}-v0", entry_point="envs:Tiny", kwargs=dict(obs=kind, action=action))
+gym.register("Tiny-multi-v0", entry_point="envs:Tiny", kwargs=dict(action="multi"))
+gym.register("Tiny-sequence-v0", entry_point="envs:Tiny", kwargs=dict(obs="sequence"))
+gym.register("Tiny-raises-v0", entry_point="envs:Tiny", kwargs=dict(raise_at=60))

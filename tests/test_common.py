@@ -598,7 +598,7 @@ def test_loaded_agent_acts_the_same(module, tmp_path, made, env_id):
     result = module.train(short(module, env_id, tmp_path))
     expected = played(module, made["Agent"][0])
     for path in result["run_dir"], pathlib.Path(result["run_dir"]) / "checkpoint.pt":
-        agent, args = module.load_agent(path, "cpu")
+        agent, args = module.load_agent(path, module.Args(device="cpu"))
         assert same(played(module, agent), expected)
         assert args.env_id == env_id and args.total_timesteps == 120
     untrained = module.Agent(*spaces_of(module, args), args)

@@ -55,6 +55,59 @@ def test_observe_equals_its_steps():
             assert torch.allclose(step[key][:, 0], whole[key][:, t], rtol=1e-4, atol=1e-5), key
 
 
+def reached(agent, loss):
+    """Which parts of the agent the gradient of a loss reaches."""
+    grads = torch.autograd.grad(loss.sum(), agent.params, retain_graph=True, allow_unused=True)
+    names = [name for name, p in agent.named_parameters() if p.requires_grad]
+    return {name.split(".")[0] for name, grad in zip(names, grads, strict=True) if grad is not None}
+
+
+def test_ablations_of_learning_signals():
+    """recon and reward_value: the head learns all the same, the world model below it does not; else it does."""
+    model = {"encoder", "rssm"}
+    for ablate in "none", "recon", "reward_value":
+        agent, replay = experience(d3, ablate=ablate)
+        batch = window(d3, agent, replay)
+        losses, feat, post, _ = agent.model_losses(batch)
+        repval = agent.behaviour_losses(feat, post, batch)[0]["repval"]
+        for name, loss, head in (
+            ("recon", losses["image"] + losses["vector"], "decoder"),
+            ("reward_value", losses["reward"], "reward"),
+            ("reward_value", repval, "critic"),
+        ):
+            assert reached(agent, loss) == {head} | (model if ablate != name else set()), (ablate, name)
+        assert reached(agent, losses["cont"]) == model | {"cont"}
+
+
+def test_ablations_of_robustness():
+    """kl, return_norm, symlog and unimix switch off what they name, and nothing else."""
+    agents = {}
+    for ablate in "none", "kl", "return_norm", "symlog", "unimix":
+        agent, replay = experience(d3, ablate=ablate)
+        agents[ablate] = agent
+        batch = window(d3, agent, replay)
+        agent.return_range.copy_(torch.tensor([-500.0, 500.0]))
+        losses, feat, post, _ = agent.model_losses(batch)
+        stats = agent.behaviour_losses(feat, post, batch)[1]
+        assert (losses["dyn"].min() < 1) == (ablate == "kl")
+        assert (stats["stats/return_scale"] == 1) == (ablate == "return_norm")
+        vector, reward = batch["vector"][:, 1:], batch["reward"][:, 1:]
+        recon, value = agent.decoder(feat)["vector"], agent.reward(feat)
+        plain = (recon - vector).square().sum(-1), (value[..., 0] - reward).square()
+        for key, expected in zip(("vector", "reward"), plain, strict=True):
+            assert torch.allclose(losses[key], expected, rtol=1e-3) == (ablate == "symlog"), key
+    flags = [
+        {key: x for key, x in vars(agent.args).items() if x != getattr(agents["none"].args, key)}
+        for agent in agents.values()
+    ]
+    assert flags[1:] == [
+        dict(ablate="kl", free_nats=0.0, rep_scale=1.0),
+        dict(ablate="return_norm"),
+        dict(ablate="symlog", bins=1),
+        dict(ablate="unimix", unimix=0.0, actor_unimix=0.0),
+    ]
+
+
 def test_upsample_conv():
     """Four 3x3 convolutions of the small image give what a 5x5 convolution of the doubled one gives, borders too."""
     torch.manual_seed(0)

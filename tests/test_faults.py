@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: MIT
+"""What goes wrong outside: kill -9, full disks, broken files, environments that raise, losses that are not finite."""
+
+import dataclasses
+import importlib
+import itertools
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from test_common import FILES, same, short
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+@pytest.fixture(params=FILES, scope="module")
+def module(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(scope="module")
+def finished(module, tmp_path_factory):
+    """A short run that came to its end."""
+    return pathlib.Path(
+        module.train(short(module, "Tiny-vector-discrete-v0", tmp_path_factory.mktemp("run")))["run_dir"]
+    )
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it, to damage."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def refused(module, capsys, *texts, **flags):
+    """train(flags) prints one line that holds the texts, and exits with 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        module.train(module.Args(**{"device": "cpu", **flags}))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert all(text in error for text in texts), error
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_spaces_and_flags(module, tmp_path, capsys):
+    """Spaces that are not supported, flags that contradict each other: no run folder is made."""
+    root = dict(run_root=str(tmp_path), size="debug")
+    refused(module, capsys, "Tiny-multi-v0", "MultiBinary", "allowed", env_id="Tiny-multi-v0", **root)
+    refused(module, capsys, "Tiny-sequence-v0", "Sequence", "allowed", env_id="Tiny-sequence-v0", **root)
+    refused(module, capsys, "--resume --eval", resume="a", eval="b", **root)
+    refused(module, capsys, "--eval --dream", dream="a", eval="b", **root)
+    refused(module, capsys, "--obs image", "dm_control", env_id="CartPole-v1", obs="image", **root)
+    refused(module, capsys, "--atari-protocol 200m", "ALE", env_id="CartPole-v1", atari_protocol="200m", **root)
+    if "ablate" in {field.name for field in dataclasses.fields(module.Args)}:
+        refused(module, capsys, "--free-nats 3", "--ablate kl", ablate="kl", free_nats=3.0, **root)
+    assert not list(tmp_path.iterdir())
+
+
+def test_replay_larger_than_memory(module, tmp_path, capsys):
+    """Refused before anything is allocated: 10 PiB would not be there."""
+    flags = dict(env_id="ALE/Pong-v5", size="debug", buffer_size=10**12, run_root=str(tmp_path))
+    refused(module, capsys, "--buffer-size 1000000000000", "GiB", **flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_folder(module, tmp_path, capsys, monkeypatch):
+    """A folder that cannot be made, as a file is in its way, and a run that is there already."""
+    (tmp_path / "file").write_text("")
+    flags = dict(env_id="Tiny-vector-box-v0", size="debug")
+    refused(module, capsys, "--run-root", "allowed", run_root=str(tmp_path / "file"), **flags)
+    monkeypatch.setattr(module.time, "time", lambda: 1.0)
+    name = f"Tiny-vector-box-v0__{module.__name__}__1__1"
+    (tmp_path / name).mkdir()
+    refused(module, capsys, "--run-root", name, run_root=str(tmp_path), **flags)
+    assert not list((tmp_path / name).iterdir())
+
+
+def test_no_renderer(module, tmp_path, capsys):
+    """An environment that renders nothing, and MuJoCo without a renderer, which only a process of its own can have."""
+    flags = dict(env_id="Tiny-vector-box-v0", size="debug", run_root=str(tmp_path))
+    refused(module, capsys, "--capture-video", "allowed", capture_video=True, **flags)
+    flags = ["--env-id", "dm_control/cartpole-balance-v0", "--obs", "image", "--size", "debug", "--device", "cpu"]
+    command = [sys.executable, str(pathlib.Path(module.__file__)), *flags, "--run-root", str(tmp_path)]
+    result = subprocess.run(command, env={**os.environ, "MUJOCO_GL": "disable"}, capture_output=True, text=True)
+    assert result.returncode == 2 and "MUJOCO_GL" in result.stderr and result.stderr.count("error: ") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_checkpoints(module, run, capsys):
+    """Truncated, of other shapes, of another version of the file, with a truncated or a missing part of the replay."""
+    path, state = run / "checkpoint.pt", module.load(run, "cpu")
+    whole = path.read_bytes()
+    for flag in "resume", "eval", "dream":
+        path.write_bytes(whole[: len(whole) // 2])
+        refused(module, capsys, str(path), **{flag: str(run)})
+        module.save(path, **{**state, "args": {**state["args"], "env_id": "Tiny-image-discrete-v0"}})
+        refused(module, capsys, str(run), "other observations", **{flag: str(run)})
+        module.save(path, **{**state, "args": {**state["args"], "learning_rate_of_old": 1}})
+        refused(module, capsys, str(run), "another version", **{flag: str(run)})
+    path.write_bytes(whole)
+    refused(module, capsys, "--gamma 0.5", eval=str(run), gamma=0.5)
+    for harm in (lambda file: file.write_bytes(file.read_bytes()[:100])), pathlib.Path.unlink:
+        file = next((run / "replay").glob("rows*"))
+        harm(file)
+        refused(module, capsys, str(file), resume=str(run), total_timesteps=200)
+
+
+# --- faults in a run --------------------------------------------------------------------------------------------------
+
+
+def stopped(module, args, *texts):
+    """The run stops with an error that holds the texts. -> its folder, which holds no temporary file."""
+    with pytest.raises(RuntimeError) as stop:
+        module.train(args)
+    assert all(text in str(stop.value) for text in texts), stop.value
+    (run,) = pathlib.Path(args.run_root).iterdir()
+    assert not list(run.rglob("*.tmp"))
+    return run
+
+
+def goes_on(module, run, at):
+    """The last checkpoint of a run is from step `at`, whole, and can be resumed."""
+    assert at <= module.load(run, "cpu")["now"]["step"] < at + 3
+    assert module.train(module.Args(resume=str(run), total_timesteps=130, device="cpu"))["global_step"] >= 130
+
+
+def test_loss_is_not_finite(module, tmp_path, monkeypatch):
+    """The run stops with step and term; the last checkpoint is from before."""
+    real, calls = module.Agent.update, itertools.count()
+
+    def update(self, batch):
+        if next(calls) == 9:
+            with torch.no_grad():
+                self.params[0].fill_(float("nan"))
+        return real(self, batch)
+
+    monkeypatch.setattr(module.Agent, "update", update)
+    args = short(module, "Tiny-vector-discrete-v0", tmp_path, checkpoint_every=40)
+    run = stopped(module, args, "policy step ", "losses/", "is nan", "holds the last checkpoint")
+    monkeypatch.setattr(module.Agent, "update", real)
+    saved = module.load(run, "cpu")
+    assert all(torch.isfinite(x).all() for x in saved["agent"].values())
+    goes_on(module, run, saved["now"]["step"])
+
+
+def test_environment_raises(module, tmp_path):
+    """The run stops with the step and the words of the environment."""
+    args = short(module, "Tiny-raises-v0", tmp_path, checkpoint_every=40)
+    run = stopped(module, args, "policy step ", "ValueError: the simulator broke", str(tmp_path))
+    assert 40 <= module.load(run, "cpu")["now"]["step"] < 43
+
+
+@pytest.mark.parametrize("file", ["rows", "extras", "checkpoint"])
+def test_disk_is_full(module, tmp_path, monkeypatch, file):
+    """No space while the second checkpoint is written, in any of its parts: the first one stays good."""
+    real, calls = torch.save, itertools.count()
+
+    def full(state, target):
+        if pathlib.Path(target.name).name.startswith(file) and next(calls) == 1:
+            target.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        return real(state, target)
+
+    monkeypatch.setattr(torch, "save", full)
+    args = short(module, "Tiny-vector-discrete-v0", tmp_path, checkpoint_every=40)
+    run = stopped(module, args, "policy step 8", "No space left", "holds the last checkpoint")
+    monkeypatch.setattr(torch, "save", real)
+    goes_on(module, run, 40)
+
+
+def killed_runs(module, root, kills, steps):
+    """Kill -9 a run at random moments, resume it, and so on, then let it end. -> its folder, checkpoints' steps."""
+    flags = dict(env_id="envs:Tiny-vector-box-v0", size="debug", device="cpu", num_envs=3, log_every=0.0)
+    flags |= dict(total_timesteps=steps, learning_starts=20, checkpoint_every=5, run_root=str(root), train_ratio=1.0)
+    start = [x for name, value in flags.items() for x in ("--" + name.replace("_", "-"), str(value))]
+    environ, seen, rng = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}, [], random.Random(0)
+    while True:
+        runs = list(root.glob("*/checkpoint.pt"))
+        command = ["--resume", str(runs[0].parent), "--device", "cpu", "--log-every", "0.0"] if runs else start
+        log = open(root.parent / "log", "w+")
+        process = subprocess.Popen(
+            [sys.executable, module.__file__, *command], env=environ, stdout=log, stderr=subprocess.STDOUT
+        )
+        while "\nstep " not in pathlib.Path(log.name).read_text() and process.poll() is None:
+            time.sleep(0.01)
+        if len(seen) < kills:
+            time.sleep(rng.uniform(0, 0.5))
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+        text = pathlib.Path(log.name).read_text()
+        assert process.returncode in (0, -signal.SIGKILL), text
+        (run,) = root.iterdir()
+        saved = module.load(run, "cpu") if (run / "checkpoint.pt").exists() else {"now": {"step": 0}}
+        reached = max(
+            int(line.split()[1].split("/")[0].replace(",", "")) for line in text.splitlines() if "steps/s" in line
+        )
+        assert saved["now"]["step"] >= reached - 5 - 3, text  # at most an interval, and the rows of one step, are lost
+        seen.append(saved["now"]["step"])
+        if process.returncode == 0:
+            return run, seen
+
+
+def check_kills(module, tmp_path, kills, steps):
+    for name in "killed", "straight":
+        (tmp_path / name / "runs").mkdir(parents=True)
+    run, seen = killed_runs(module, tmp_path / "killed" / "runs", kills, steps)
+    print("steps of the checkpoints at the kills:", seen)
+    straight, _ = killed_runs(module, tmp_path / "straight" / "runs", 0, steps)
+    assert len(seen) == kills + 1 and len(set(seen)) > kills // 3 and seen == sorted(seen)
+    a, b = (module.load(folder, "cpu") for folder in (run, straight))
+    assert all(same(a[key], b[key]) for key in a if key not in ("args", "source", "replay"))
+    rows = []
+    for folder, state in (run, a["replay"]), (straight, b["replay"]):
+        parts = [(first, module.load(folder / "replay" / name, "cpu")) for first, _, name in state["files"]]
+        keys = {key for _, part in parts for key in part}
+        rows.append({key: np.concatenate([part[key].float() for _, part in parts if key in part]) for key in keys})
+    assert same(*rows) and len(next(iter(rows[0].values()))) > steps // 3
+
+
+def test_kill(module, tmp_path):
+    """A run killed twice with -9 ends as one that was left alone, bit for bit."""
+    check_kills(module, tmp_path, kills=2, steps=300)
+
+
+@pytest.mark.slow
+def test_thirty_kills(module, tmp_path):
+    """The same at 30 random moments, with a checkpoint at every second row, so that many kills fall into one."""
+    check_kills(module, tmp_path, kills=30, steps=6000)

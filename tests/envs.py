@@ -56,42 +56,38 @@ class Tiny(gym.Env):
 
 
 class Recall(gym.Env):
-    """Four lanes; a goal is shown in the first frame only, and the agent (below) is to go to its lane and stay there.
+    """Take it or leave it, by what was seen two frames ago. Four frames: cue, dark, question (white frame), dark.
 
-    The first action does nothing, then there are six: left, stay, right, each with reward 1 if it leaves the agent in
-    the lane of the goal. kind "image": the first frame has a square above the lane. kind "both": it has a bar above the
-    left or the right half, and a vector says which lane of the half, so that either alone leaves two lanes.
-    Optimum: 6, 6, 5, 4 for a goal 0, 1, 2, 3 lanes away, 5.5 on average; the best without memory: 1.5.
+    Only the action at the question counts: 0 leaves (reward 0), 1 takes. kind "image": the cue is a square on the left
+    (taking pays -1) or on the right (+1). kind "both": a vector, -1 or +1 in the first frame only, is added to this and
+    1 is taken off, so that it pays to take only if both are +1, and who knows one of the two cues can gain nothing.
+    Optimum 1/2 (image) and 1/4 (both), as all cues are equally likely; without memory 0.
     """
-
-    optimum = 5.5
 
     def __init__(self, kind="image"):
         self.kind = kind
-        image, lane = spaces.Box(0, 255, (64, 64, 3), np.uint8), spaces.Box(-1, 1, (1,), np.float32)
-        self.observation_space = image if kind == "image" else spaces.Dict({"image": image, "lane": lane})
-        self.action_space = spaces.Discrete(3)
+        image, sign = spaces.Box(0, 255, (64, 64, 3), np.uint8), spaces.Box(-1, 1, (1,), np.float32)
+        self.observation_space = image if kind == "image" else spaces.Dict({"image": image, "sign": sign})
+        self.action_space = spaces.Discrete(2)
 
     def observe(self):
-        image, first = np.zeros((64, 64, 3), np.uint8), self.count == 0
-        image[48:, 16 * self.x : 16 * self.x + 16] = 255
-        if first and self.kind == "image":
-            image[:16, 16 * self.goal : 16 * self.goal + 16] = 255
-        elif first:
-            image[:16, 32 * (self.goal // 2) : 32 * (self.goal // 2) + 32] = 255
-        lane = np.float32([first * (2 * (self.goal % 2) - 1)])
-        return image if self.kind == "image" else {"image": image, "lane": lane}
+        image = np.zeros((64, 64, 3), np.uint8)
+        if self.count == 0:
+            left = 36 if self.side > 0 else 4
+            image[20:44, left : left + 24] = 255
+        if self.count == 2:
+            image[:8] = image[-8:] = image[:, :8] = image[:, -8:] = 255
+        return image if self.kind == "image" else {"image": image, "sign": np.float32([self.sign * (self.count == 0)])}
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.count, self.x, self.goal = 0, *map(int, self.np_random.integers(4, size=2))
+        self.count, (self.side, self.sign) = 0, (2 * self.np_random.integers(2, size=2) - 1).tolist()
         return self.observe(), {}
 
     def step(self, action):
-        if self.count:
-            self.x = min(max(self.x + int(action) - 1, 0), 3)
         self.count += 1
-        return self.observe(), float(self.count > 1 and self.x == self.goal), self.count == 7, False, {}
+        worth = self.side if self.kind == "image" else self.side + self.sign - 1
+        return self.observe(), float(worth * action * (self.count == 3)), self.count == 3, False, {}
 
 
 for kind in "image", "both":

@@ -1291,7 +1291,7 @@ def show(args):
         return {"run_dir": str(folder)}
     scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
     print(f"{args.env_id}, {len(scores)} episodes: " + " ".join(f"{score:g}" for score in scores))
-    print(f"mean {np.mean(scores):.1f}, standard deviation {np.std(scores):.1f}; {folder}/eval.gif")
+    print(f"mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
     return {"run_dir": str(folder), "returns": scores}
 
 

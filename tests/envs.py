@@ -59,9 +59,9 @@ class Recall(gym.Env):
     """Take it or leave it, by what was seen two frames ago. Four frames: cue, dark, question (white frame), dark.
 
     Only the action at the question counts: 0 leaves (reward 0), 1 takes. kind "image": the cue is a square on the left
-    (taking pays -1) or on the right (+1). kind "both": a vector, -1 or +1 in the first frame only, is added to this and
-    1 is taken off, so that it pays to take only if both are +1, and who knows one of the two cues can gain nothing.
-    Optimum 1/2 (image) and 1/4 (both), as all cues are equally likely; without memory 0.
+    (taking pays -1) or on the right (+1). kind "both": beside it a vector is -1 or +1 in the first frame only; taking
+    pays 3 if the square is on the right and the vector +1, else -1. All cues are equally likely, so that who takes
+    blindly gets 0, and the optimum is 1/2 (image) and 3/4 (both); who misses one of the two cues gets 1/2 at most.
     """
 
     def __init__(self, kind="image"):
@@ -86,7 +86,7 @@ class Recall(gym.Env):
 
     def step(self, action):
         self.count += 1
-        worth = self.side if self.kind == "image" else self.side + self.sign - 1
+        worth = self.side if self.kind == "image" else 3 if self.side + self.sign == 2 else -1
         return self.observe(), float(worth * action * (self.count == 3)), self.count == 3, False, {}
 
 

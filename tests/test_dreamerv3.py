@@ -55,6 +55,28 @@ def test_observe_equals_its_steps():
             assert torch.allclose(step[key][:, 0], whole[key][:, t], rtol=1e-4, atol=1e-5), key
 
 
+def test_imagination_equals_its_steps():
+    """The fast path (no gradient, heads on all steps at once) gives what one step and one head after the other give."""
+    agent, replay = experience(d3)
+    for head in agent.reward, agent.slow_critic:  # both are 0 in a new agent
+        torch.nn.init.normal_(head.out.weight, std=0.1)
+    post = agent.model_losses(window(d3, agent, replay))[2]
+    torch.manual_seed(5)
+    fast = agent.imagine(post)
+    torch.manual_seed(5)
+    deter, stoch = post["deter"].flatten(0, 1), post["stoch"].flatten(0, 1)
+    for t in range(agent.args.imag_horizon + 1):
+        feat = torch.cat([deter, stoch.flatten(1)], 1)
+        mean = [d3.twohot_mean(head(feat), agent.bin_values) for head in (agent.reward, agent.slow_critic)]
+        action = agent.actor.sample(feat) if t < agent.args.imag_horizon else None
+        for a, b in zip(fast, (feat, action, mean[0], agent.cont(feat)[:, 0].sigmoid(), mean[1]), strict=True):
+            assert b is None or torch.allclose(a[:, t], b, rtol=1e-4, atol=1e-5)
+        if action is not None:
+            deter = agent.rssm.core(deter, stoch, agent.rssm.action_in(action))
+            stoch = d3.sample_onehot(d3.unimix(agent.rssm.prior(deter), agent.args.unimix))
+    assert feat.requires_grad and not any(x.requires_grad for x in fast)
+
+
 def reached(agent, loss):
     """Which parts of the agent the gradient of a loss reaches."""
     grads = torch.autograd.grad(loss.sum(), agent.params, retain_graph=True, allow_unused=True)

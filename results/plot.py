@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Curves: python results/plot.py NAME runs/A runs/B ... [--published BENCHMARK,METHOD,TASK] [--window 10]
+"""Curves: python results/plot.py NAME runs/A runs/B ... [--published BENCHMARK,METHOD,TASK] [--window 10] [--by FLAG]
 
 Reads the TensorBoard files of the runs, writes NAME.csv (one row per training episode) and NAME.png next to this file.
+--by ablate draws one curve for all runs of one value of the flag --ablate: mean over runs, band from least to greatest.
 A published curve comes from published.csv (columns benchmark, method, task, step, mean), if that file is here.
 Needs matplotlib, which the algorithms do not: pip install matplotlib
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 matplotlib.use("Agg")
@@ -30,13 +32,33 @@ def episodes(run):
     return [(x.step, int(x.step * repeat), round(x.wall_time - start, 1), round(x.value, 4)) for x in points]
 
 
+def smooth(returns, window):
+    """Mean of the last `window` episodes."""
+    return np.array([returns[max(0, i + 1 - window) : i + 1].mean() for i in range(len(returns))])
+
+
+def draw_groups(axes, curves, flag, window):
+    """curves: [(run, frames, returns)] -> a line and a band for each value of a flag, read from the checkpoints."""
+    groups = {}
+    for run, frames, returns in curves:
+        saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        groups.setdefault(saved["args"][flag], []).append((frames, smooth(returns, window)))
+    for value, members in groups.items():
+        grid = np.linspace(0, min(frames[-1] for frames, _ in members), 200)
+        lines = np.array([np.interp(grid, frames, mean) for frames, mean in members])
+        (line,) = axes.plot(grid, lines.mean(0), label=f"{flag} {value}, {len(members)} runs")
+        axes.fill_between(grid, lines.min(0), lines.max(0), color=line.get_color(), alpha=0.12, linewidth=0)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--published", help="BENCHMARK,METHOD,TASK of published.csv")
     parser.add_argument("--window", type=int, default=10, help="episodes in the running mean")
+    parser.add_argument("--by", help="name of a flag: one curve for each of its values")
     args = parser.parse_args()
+    curves = []
     figure, axes = plt.subplots(figsize=(6, 4))
     with open(HERE / f"{args.name}.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -45,9 +67,12 @@ def main():
             rows = episodes(run)
             writer.writerows([run.name, *row] for row in rows)
             _, frames, _, returns = np.array(rows).T
-            mean = [returns[max(0, i + 1 - args.window) : i + 1].mean() for i in range(len(returns))]
-            (line,) = axes.plot(frames, mean, label=run.name.rsplit("__", 1)[0])
-            axes.plot(frames, returns, ".", color=line.get_color(), alpha=0.25, markersize=3)
+            curves.append((run, frames, returns))
+    for run, frames, returns in curves if not args.by else []:
+        (line,) = axes.plot(frames, smooth(returns, args.window), label=run.name.rsplit("__", 1)[0])
+        axes.plot(frames, returns, ".", color=line.get_color(), alpha=0.25, markersize=3)
+    if args.by:
+        draw_groups(axes, curves, args.by, args.window)
     if args.published:
         with open(HERE / "published.csv") as file:
             rows = [row for row in csv.DictReader(file) if args.published.split(",") == list(row.values())[:3]]

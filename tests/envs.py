@@ -56,7 +56,7 @@ class Tiny(gym.Env):
 
 
 class Recall(gym.Env):
-    """Take it or leave it, by what was seen two frames ago. Four frames: cue, dark, question (white frame), dark.
+    """Take it or leave it, by what was seen two frames ago. Four frames: cue, dark, question (gray bar), dark.
 
     Only the action at the question counts: 0 leaves (reward 0), 1 takes. kind "image": the cue is a square on the left
     (taking pays -1) or on the right (+1). kind "both": beside it a vector is -1 or +1 in the first frame only; taking
@@ -73,10 +73,10 @@ class Recall(gym.Env):
     def observe(self):
         image = np.zeros((64, 64, 3), np.uint8)
         if self.count == 0:
-            left = 36 if self.side > 0 else 4
-            image[20:44, left : left + 24] = 255
+            left = 40 if self.side > 0 else 8
+            image[24:40, left : left + 16] = 128
         if self.count == 2:
-            image[:8] = image[-8:] = image[:, :8] = image[:, -8:] = 255
+            image[:8] = 128
         return image if self.kind == "image" else {"image": image, "sign": np.float32([self.sign * (self.count == 0)])}
 
     def reset(self, *, seed=None, options=None):

@@ -107,14 +107,14 @@ class Args:
     stoch: int = 32  # S, Table
     blocks: int = 8  # G, Table
     bins: int = 255  # V, Table
-    ablate: Literal["none", "kl", "return_norm", "symlog", "unimix", "recon", "reward_value"] = "none"  # see ABLATE
+    ablate: Literal["", "kl", "return_norm", "symlog", "unimix", "recon", "reward_value"] = ""  # what to leave out
     deter: int | None = None  # D; by --size, as the four below
     hidden: int | None = None  # U inside the RSSM
     units: int | None = None  # U of encoder, decoder and heads
     classes: int | None = None  # K
     depth: int | None = None  # half the channels of the first convolution
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    bf16: bool = True  # bfloat16 matrix products and convolutions on a GPU; on a CPU only if it has AMX
+    bf16: bool = True  # bfloat16 products and convolutions on a GPU; products only on a CPU with AMX
     cuda_graph: bool = True  # replay the whole update as one CUDA graph on a GPU
     torch_deterministic: bool = False  # ask cuDNN for deterministic kernels
     exp_name: str = Path(__file__).stem  # names the run
@@ -141,20 +141,17 @@ SIZES = {"debug": widths(32, checkpoint_every=200, **DEBUG), "1m": widths(64), "
 SIZES |= {"50m": widths(512), "100m": widths(768), "200m": widths(1024), "400m": widths(1536)}
 
 
-# The paper's ablations, by --ablate. kl: without balance and free nats, one KL of weight 1 for both sides; return_norm:
+# --ablate, after the paper's ablations. kl: no balance, no free nats: one KL of weight 1 for both sides; return_norm:
 # returns are not divided by their range; symlog: plain numbers and squared errors, for vectors too; unimix: none; recon
 # and reward_value: these predictions are learned, but their gradients do not reach the world model.
-ABLATE = {
-    "kl": dict(free_nats=0.0, rep_scale=1.0),
-    "unimix": dict(unimix=0.0, actor_unimix=0.0),
-    "symlog": dict(bins=1),
-}
+ABLATE = {"kl": dict(free_nats=0.0, dyn_scale=1.0, rep_scale=1.0), "unimix": dict(unimix=0.0, actor_unimix=0.0)}
+ABLATE |= {"symlog": dict(bins=1)}
 
 
 def resolve(args: Args) -> Args:
     """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
 
-    Stops with exit code 2 where a number that must be positive is not.
+    Stops with exit code 2 where flags are impossible or contradict each other.
     """
     preset = {**RUN, **SIZES[args.size]}
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
@@ -164,13 +161,18 @@ def resolve(args: Args) -> Args:
     args = replace(args, **{key: value for key, value in derived.items() if getattr(args, key) is None})
     positive = ["num_envs", "action_repeat", "total_timesteps", "batch_size", "train_ratio", "learning_starts"]
     positive += ["buffer_size", "checkpoint_every", "imag_horizon", "warmup", "eval_episodes"]
-    for name, least in {**dict.fromkeys(positive, 0), "batch_length": 1, "bins": 0}.items():
+    for name, least in {
+        **dict.fromkeys(positive, 0),
+        "batch_length": 1,
+        "bins": 0 if args.ablate == "symlog" else 2,
+    }.items():
         if getattr(args, name) <= least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than {least}")
-    for name, value in ABLATE.get(args.ablate, {}).items():
+    forced = ABLATE.get(args.ablate, {})
+    for name, value in forced.items():
         if getattr(args, name) not in (value, getattr(Args, name)):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: --ablate {args.ablate} sets it to {value}")
-    args = replace(args, **ABLATE.get(args.ablate, {}))
+    args = replace(args, **forced)
     if args.bins % 2 == 0 or args.deter % args.blocks or 4 * args.depth % args.blocks:
         fail(f"--bins {args.bins} must be odd; --blocks {args.blocks} must divide --deter and 4 x --depth")
     for name, family in ("obs", "dm_control"), ("atari_protocol", "ALE"):
@@ -424,7 +426,7 @@ def upsample_conv(x, conv):
 
 
 class Decoder(nn.Module):
-    """Features -> predicted observations: vectors in symlog space, images in 0 to 1."""
+    """Features -> predicted observations: vectors as Encoder.squash gives them, images in 0 to 1."""
 
     def __init__(self, obs_space, args):
         super().__init__()
@@ -443,7 +445,6 @@ class Decoder(nn.Module):
             self.from_deter = BlockLinear(args.deter, pixels, args.blocks)
             self.from_stoch = nn.Sequential(*mlp(self.split[1], 2 * args.units, 1), nn.Linear(2 * args.units, pixels))
             self.convs = nn.ModuleList(nn.Conv2d(a, b, 5, padding=2) for a, b in zip(depths, depths[1:], strict=False))
-            self.convs.to(memory_format=torch.channels_last)
             self.norms = nn.ModuleList(RMSNorm(depth) for depth in depths[:-1])
         self.apply(init_weights)
 
@@ -741,9 +742,8 @@ class Agent(nn.Module):
         if self.decoder.images:  # summed over pixels: no mean, no 1/2
             losses["image"] = sum((recon[key] - obs[key] / 255).square().sum((2, 3, 4)) for key in self.decoder.images)
         if self.decoder.vectors:
-            losses["vector"] = sum(
-                (recon[key] - self.encoder.squash(obs[key])).square().sum(2) for key in self.decoder.vectors
-            )
+            squash = self.encoder.squash
+            losses["vector"] = sum((recon[key] - squash(obs[key])).square().sum(2) for key in self.decoder.vectors)
         losses["reward"] = twohot_loss(reward_logits, self.bin_values, batch["reward"][:, 1:])
         # the continue head learns the discounted probability, so imagination needs no gamma of its own
         cont = (1 - batch["is_terminal"][:, 1:].float()) * args.gamma  # (B, T)
@@ -779,8 +779,8 @@ class Agent(nn.Module):
         with self.autocast():
             logits = self.critic(imag_feat)  # (N, H+1, V)
             dist = self.actor.dist(imag_feat[:, :-1])
-            # with gradient into the world model
-            replay_logits = self.critic(feat.detach() if args.ablate == "reward_value" else feat)  # (B, T, V)
+            value_feat = feat.detach() if args.ablate == "reward_value" else feat  # else gradient into the world model
+            replay_logits = self.critic(value_feat)  # (B, T, V)
             with torch.no_grad():
                 replay_slow = twohot_mean(self.slow_critic(feat), bins)  # (B, T)
         value = twohot_mean(logits.detach(), bins)  # (N, H+1); of the online critic, not the slow one
@@ -982,10 +982,10 @@ class Replay:
     def load(self, folder, state):
         """Read back what save wrote, into a replay of the same size."""
         self.rows, self.online, self.files = state["rows"], state["online"], state["files"]
-        self.sweep(folder)
         for first, end, name in self.files:
             for key, values in load(folder / name, "cpu").items():
                 self.data[key][torch.arange(first, end) % self.length] = values.to(self.device)
+        self.sweep(folder)  # only now: a checkpoint that cannot be read deletes nothing
 
 
 # --- environments -----------------------------------------------------------------------------------------------------
@@ -1004,8 +1004,8 @@ class DMControl(gym.Env):
 
             self.suite = suite
             first, _ = self.reset(seed=0)
-        except (AttributeError, ImportError, RuntimeError) as error:  # all of these mean: no renderer
-            fail(f"--env-id {env_id}: {error}; allowed: with libegl installed, or vectors with MUJOCO_GL=disable")
+        except (AttributeError, ImportError, RuntimeError) as error:  # as a rule: no renderer, or no package
+            fail(f"--env-id {env_id}: {error}; allowed: with dm_control and libegl, or MUJOCO_GL=disable")
         box = lambda x: spaces.Box(*((0, 255) if x.dtype == np.uint8 else (-np.inf, np.inf)), x.shape, x.dtype)
         self.observation_space = spaces.Dict({key: box(x) for key, x in first.items()})
         spec = self.env.action_spec()
@@ -1248,14 +1248,18 @@ def load(path, device, need=()):
 
 
 def merge(args, path, saved, free):
-    """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given."""
-    if saved.keys() != {x.name for x in fields(Args)}:
+    """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
+
+    device, capture_video and track belong to a call, not to a run: they are not inherited.
+    """
+    if not saved.keys() <= {x.name for x in fields(Args)}:
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
+    saved = {**asdict(Args()), **saved, "device": "auto", "capture_video": False, "track": False}
     asked = {x.name: getattr(args, x.name) for x in fields(Args) if getattr(args, x.name) != x.default}
     for name, value in asked.items():
         if name not in free and value != saved[name]:
-            flag = "--" + name.replace("_", "-")
-            fail(f"{flag} {value}: the run at {path} has {saved[name]}; allowed to change: {', '.join(free)}")
+            flags = ", ".join(f"--{x}" for x in free).replace("_", "-")
+            fail(f"--{name.replace('_', '-')} {value}: the run at {path} has {saved[name]}; allowed to change: {flags}")
     return replace(Args(**saved), **{name: value for name, value in asked.items() if name in free})
 
 
@@ -1265,14 +1269,14 @@ def restore_weights(agent, state, path):
         agent.load_state_dict(state)
     except RuntimeError as error:
         line = str(error).splitlines()[-1].strip()
-        fail(f"{path}: made for other observations or actions ({line}); allowed: the environment it was trained on")
+        fail(f"{path}: made for other observations or actions ({line}); allowed: its own environment and version")
 
 
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     state = load(path, "cpu", need=("args", "agent"))
     free = ("eval", "dream", "eval_episodes", "device", "capture_video")
-    args = merge(args or Args(), path, {**state["args"], "capture_video": False, "device": "auto"}, free)
+    args = resolve(merge(args or Args(), path, state["args"], free))
     envs = make_envs(args.env_id, 1, args.seed, args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
     envs.close()
@@ -1360,9 +1364,12 @@ def record(writer, args, now, stats, spent, since, replay):
 
 def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
     """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint and the files it names."""
-    replay.save(run_dir / "replay")
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
-    parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "replay": replay.state_dict()}
+    parts = {
+        "agent": agent.state_dict(),
+        "optimizer": agent.optimizer.state_dict(),
+        "replay": replay.save(run_dir / "replay"),
+    }
     parts |= {"now": now, "state": state, "row": {key: torch.as_tensor(x) for key, x in row.items()}}
     parts |= {"random": torch.get_rng_state(), "cuda_random": cuda, "args": asdict(args)}
     save(run_dir / "checkpoint.pt", **parts, source=SOURCE)
@@ -1457,7 +1464,6 @@ def train(args: Args) -> dict:
     if len(modes) > 1:
         fail(f"{' '.join(modes)}: one of them at a time is allowed")
     if args.eval or args.dream:
-        resolve(args)
         return show(args)
     saved = load(args.resume, "cpu", need=("args", "agent", "now")) if args.resume else None
     free = ("resume", "total_timesteps", "device", "checkpoint_every", "log_every", "capture_video", "track")
@@ -1469,6 +1475,7 @@ def train(args: Args) -> dict:
     torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")  # medium: oneDNN, float32 without AMX
     for seed in random.seed, np.random.seed, torch.manual_seed:
         seed(args.seed)
+    torch.backends.cudnn.allow_tf32 = args.bf16
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.benchmark = not args.torch_deterministic
     envs = make_envs(args.env_id, args.num_envs, args.seed, args)
@@ -1500,8 +1507,8 @@ def train(args: Args) -> dict:
         last = f"{run_dir} holds the last checkpoint" if (run_dir / "checkpoint.pt").exists() else "no checkpoint yet"
         raise RuntimeError(f"policy step {now['step']:,}: {type(error).__name__}: {error} ({last})") from error
     finally:
+        writer.close()  # first: the environments of a broken simulator may raise again
         envs.close()
-        writer.close()
     score = float(np.mean(now["recent"])) if now["recent"] else float("nan")
     result = {"run_dir": str(run_dir), "global_step": now["step"], "updates": now["updates"], "episodic_return": score}
     return {**result, **stats}

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 matplotlib.use("Agg")
@@ -39,14 +38,16 @@ def smooth(returns, window):
 
 def draw_groups(axes, curves, flag, window):
     """curves: [(run, frames, returns)] -> a line and a band for each value of a flag, read from the checkpoints."""
+    import torch
+
     groups = {}
     for run, frames, returns in curves:
         saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-        groups.setdefault(saved["args"][flag], []).append((frames, smooth(returns, window)))
+        groups.setdefault(saved["args"].get(flag.replace("-", "_"), ""), []).append((frames, smooth(returns, window)))
     for value, members in groups.items():
         grid = np.linspace(0, min(frames[-1] for frames, _ in members), 200)
         lines = np.array([np.interp(grid, frames, mean) for frames, mean in members])
-        (line,) = axes.plot(grid, lines.mean(0), label=f"{flag} {value}, {len(members)} runs")
+        (line,) = axes.plot(grid, lines.mean(0), label=f"{flag}: {value or '–'} ({len(members)} runs)")
         axes.fill_between(grid, lines.min(0), lines.max(0), color=line.get_color(), alpha=0.12, linewidth=0)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Time and memory of every file as a table; nothing here is asserted. python tests/bench.py [--device cuda] [CASE ...]
+"""Time and memory of dreamerv3.py as a table, nothing asserted: python tests/bench.py [--device cuda] [CASE ...]
 
 Each case runs in a process of its own, so that its peak memory and its time from start to first update are its own.
 core s is the processor time of all threads per update: pin the process (taskset -c 0) for figures that compare.
@@ -64,9 +64,9 @@ def measure(began, device, budget, shape=IMAGE, act=0, pong=False, rows=0, **fla
     if pong:
         with tempfile.TemporaryDirectory() as root:
             flags |= dict(total_timesteps=340, learning_starts=192, log_every=1e9, run_root=root)
-            began = time.process_time()
+            cpu = time.process_time()
             result = module.train(module.Args(device=device, train_ratio=256, **flags))
-            return {"agent steps / core s": result["updates"] * 4 / (time.process_time() - began)}
+            return {"agent steps / core s": result["updates"] * 4 / (time.process_time() - cpu)}
     args = module.resolve(module.Args(device=device, **flags))
     module.keep_memory()
     torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")
@@ -87,18 +87,18 @@ def measure(began, device, budget, shape=IMAGE, act=0, pong=False, rows=0, **fla
         return {"rows MB": sizes["rows"], "latents MB": sizes["extras"], "replay GiB": rows * replay.row_bytes / 2**30}
     replay = module.Replay(1000 * N, N, obs_space, action_space, agent.device, latents)
     state, ends = agent.initial(N), np.zeros(N, bool)
-    rows = []
+    history = []
     for i in range(8):
         obs = rng.integers(0, 256, (N, *shape), np.uint8) if image else rng.normal(size=(N, *shape)).astype(np.float32)
-        rows.append({"obs": obs, "reward": np.float32(ends), "is_first": ends | (i == 0), "is_last": ends})
+        history.append({"obs": obs, "reward": np.float32(ends), "is_first": ends | (i == 0), "is_last": ends})
     if act:
-        work = lambda: agent.act(rows[0], ends, state)
+        work = lambda: agent.act(history[0], ends, state)
         work()
         ms, core = timed(work, wait, budget)
         return {"median ms": ms, "core s": core}
     for i in range(80):
-        action, state = agent.act(rows[i % 8], rows[i % 8]["is_first"], state)
-        replay.add({**rows[i % 8], "is_terminal": ends, "action": action, **agent.latents(state)})
+        action, state = agent.act(history[i % 8], history[i % 8]["is_first"], state)
+        replay.add({**history[i % 8], "is_terminal": ends, "action": action, **agent.latents(state)})
 
     def work():
         batch = replay.sample(args.batch_size, args.batch_length + agent.context)

@@ -107,7 +107,7 @@ class Args:
     stoch: int = 32  # S, Table
     blocks: int = 8  # G, Table
     bins: int = 255  # V, Table
-    ablate: Literal["", "kl", "return_norm", "symlog", "unimix", "recon", "reward_value"] = ""  # what to leave out
+    ablate: Literal["none", "kl", "return_norm", "symlog", "unimix", "recon", "reward_value"] = "none"  # left out
     deter: int | None = None  # D; by --size, as the four below
     hidden: int | None = None  # U inside the RSSM
     units: int | None = None  # U of encoder, decoder and heads

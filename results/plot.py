@@ -43,11 +43,11 @@ def draw_groups(axes, curves, flag, window):
     groups = {}
     for run, frames, returns in curves:
         saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-        groups.setdefault(saved["args"].get(flag.replace("-", "_"), ""), []).append((frames, smooth(returns, window)))
+        groups.setdefault(saved["args"].get(flag.replace("-", "_")), []).append((frames, smooth(returns, window)))
     for value, members in groups.items():
         grid = np.linspace(0, min(frames[-1] for frames, _ in members), 200)
         lines = np.array([np.interp(grid, frames, mean) for frames, mean in members])
-        (line,) = axes.plot(grid, lines.mean(0), label=f"{flag}: {value or '–'} ({len(members)} runs)")
+        (line,) = axes.plot(grid, lines.mean(0), label=f"{flag}: {value} ({len(members)} runs)")
         axes.fill_between(grid, lines.min(0), lines.max(0), color=line.get_color(), alpha=0.12, linewidth=0)
 
 
@@ -80,6 +80,7 @@ def main():
         axes.plot(
             [int(r["step"]) for r in rows], [float(r["mean"]) for r in rows], "k--", label="published " + args.published
         )
+        axes.set_xlim(0, 1.5 * max(frames[-1] for _, frames, _ in curves))
     axes.set(
         xlabel="environment frames", ylabel=f"return of training episodes (mean of {args.window})", title=args.name
     )

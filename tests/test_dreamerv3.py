@@ -87,7 +87,7 @@ def reached(agent, loss):
 def test_ablations_of_learning_signals():
     """recon and reward_value: the head learns all the same, the world model below it does not; else it does."""
     model = {"encoder", "rssm"}
-    for ablate in "", "recon", "reward_value":
+    for ablate in "none", "recon", "reward_value":
         agent, replay = experience(d3, ablate=ablate)
         batch = window(d3, agent, replay)
         losses, feat, post, _ = agent.model_losses(batch)
@@ -104,7 +104,7 @@ def test_ablations_of_learning_signals():
 def test_ablations_of_robustness():
     """kl, return_norm, symlog and unimix switch off what they name, and nothing else."""
     agents = {}
-    for ablate in "", "kl", "return_norm", "symlog", "unimix":
+    for ablate in "none", "kl", "return_norm", "symlog", "unimix":
         agent, replay = experience(d3, ablate=ablate)
         agents[ablate] = agent
         batch = window(d3, agent, replay)
@@ -121,7 +121,7 @@ def test_ablations_of_robustness():
         for key, expected in zip(("vector", "reward"), plain, strict=True):
             assert torch.allclose(losses[key], expected, rtol=1e-3) == (ablate == "symlog"), key
     flags = [
-        {key: x for key, x in vars(agent.args).items() if x != getattr(agents[""].args, key)}
+        {key: x for key, x in vars(agent.args).items() if x != getattr(agents["none"].args, key)}
         for agent in agents.values()
     ]
     assert flags[1:] == [

@@ -1275,7 +1275,7 @@ def restore_weights(agent, state, path):
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     state = load(path, "cpu", need=("args", "agent"))
-    free = ("eval", "dream", "eval_episodes", "device", "capture_video")
+    free = ("eval", "dream", "eval_episodes", "seed", "device", "capture_video")
     args = resolve(merge(args or Args(), path, state["args"], free))
     envs = make_envs(args.env_id, 1, args.seed, args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)

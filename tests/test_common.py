@@ -714,7 +714,6 @@ def test_bad_input(module, tmp_path, capsys):
     cases = [(dict(env_id=env_id), text) for env_id, text in bad.items()]
     cases += [(dict(env_id="Tiny-image-discrete-v0", env_kwargs='{"size": 50}'), "multiple of 16")]
     cases += [(dict(env_id="CartPole-v1", env_kwargs='{"no_such": 1}'), "no_such")]
-    cases += [(dict(eval=str(tmp_path), eval_episodes=0), "--eval-episodes 0")]
     cases += [(dict(num_envs=0), "--num-envs 0"), (dict(train_ratio=0.0), "--train-ratio 0")]
     cases += [(dict(device="gpu"), "--device gpu"), (dict(learning_starts=0), "--learning-starts 0")]
     cases += [(dict(warmup=0), "--warmup 0"), (dict(bins=4), "--bins 4"), (dict(batch_length=1), "--batch-length 1")]

@@ -110,6 +110,7 @@ def test_other_checkpoints(module, run, capsys):
         refused(module, capsys, str(run), "another version", **{flag: str(run)})
     path.write_bytes(whole)
     refused(module, capsys, "--gamma 0.5", eval=str(run), gamma=0.5)
+    refused(module, capsys, "--eval-episodes 0", eval=str(run), eval_episodes=0)
     shutil.copy(path, run / "older.pt")
     module.train(module.Args(resume=str(run), total_timesteps=130, device="cpu"))
     files = sorted((run / "replay").iterdir())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Learning from pixels to a known optimum: pytest -m slow tests/test_learning.py, about 6 minutes each on one core."""
+"""Learning from pixels to a known optimum: pytest -m slow tests/test_learning.py, about 9 minutes each on one core."""
 
 import importlib
 
@@ -9,7 +9,7 @@ from test_common import FILES
 
 # of runs that are short: a larger learning rate, and an optimiser that forgets its first, huge gradients soon
 SHORT = dict(size="debug", learning_rate=1e-3, warmup=100, beta2=0.99, imag_horizon=5, entropy_scale=0.003)
-SHORT |= dict(batch_size=16, batch_length=12, train_ratio=48.0, learning_starts=256, total_timesteps=8000)
+SHORT |= dict(batch_size=16, batch_length=12, train_ratio=48.0, learning_starts=256, total_timesteps=12_000)
 
 
 @pytest.mark.slow

@@ -21,14 +21,16 @@ import matplotlib.pyplot as plt  # noqa: E402
 HERE = Path(__file__).parent
 
 
-def episodes(run):
-    """-> rows (policy step, frames, seconds since the start, return) of every training episode."""
+def episodes(run, every):
+    """-> rows (policy step, frames, seconds since the start, return): one for `every` training episodes, their mean."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     frames = events.Scalars("charts/frames")[-1]
     repeat = frames.value / frames.step
     start = events.FirstEventTimestamp()
     points = events.Scalars("charts/episodic_return")
-    return [(x.step, int(x.step * repeat), round(x.wall_time - start, 1), round(x.value, 4)) for x in points]
+    means = [np.mean([x.value for x in points[max(0, i + 1 - every) : i + 1]]) for i in range(len(points))]
+    rows = [(x.step, int(x.step * repeat), round(x.wall_time - start, 1)) for x in points]
+    return [(*row, round(float(mean), 4)) for row, mean in zip(rows, means, strict=True)][every - 1 :: every]
 
 
 def smooth(returns, window):
@@ -57,6 +59,7 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--published", help="BENCHMARK,METHOD,TASK of published.csv")
     parser.add_argument("--window", type=int, default=10, help="episodes in the running mean")
+    parser.add_argument("--every", type=int, default=1, help="training episodes in one row: for many short episodes")
     parser.add_argument("--by", help="name of a flag: one curve for each of its values")
     args = parser.parse_args()
     curves = []
@@ -65,7 +68,7 @@ def main():
         writer = csv.writer(file)
         writer.writerow(["run", "policy_step", "frames", "seconds", "return"])
         for run in args.runs:
-            rows = episodes(run)
+            rows = episodes(run, args.every)
             writer.writerows([run.name, *row] for row in rows)
             _, frames, _, returns = np.array(rows).T
             curves.append((run, frames, returns))

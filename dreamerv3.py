@@ -161,11 +161,8 @@ def resolve(args: Args) -> Args:
     args = replace(args, **{key: value for key, value in derived.items() if getattr(args, key) is None})
     positive = ["num_envs", "action_repeat", "total_timesteps", "batch_size", "train_ratio", "learning_starts"]
     positive += ["buffer_size", "checkpoint_every", "imag_horizon", "warmup", "eval_episodes"]
-    for name, least in {
-        **dict.fromkeys(positive, 0),
-        "batch_length": 1,
-        "bins": 0 if args.ablate == "symlog" else 2,
-    }.items():
+    bounds = dict.fromkeys(positive, 0) | {"batch_length": 1, "bins": 0 if args.ablate == "symlog" else 2}
+    for name, least in bounds.items():
         if getattr(args, name) <= least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than {least}")
     forced = ABLATE.get(args.ablate, {})
@@ -882,14 +879,20 @@ def free_memory(device):
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
 
 
-def keep_memory():
-    """glibc hands large blocks back to the system, and fetching them again page by page is half of a CPU update."""
+def tune(args):
+    """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
+    again page by page is half of a CPU update.
+    """
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map no block on its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
     except (OSError, AttributeError):  # another system or C library: only slower
         pass
+    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")  # medium: oneDNN, float32 without AMX
+    torch.backends.cudnn.allow_tf32 = args.bf16
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.benchmark = not args.torch_deterministic
 
 
 class Replay:
@@ -1365,12 +1368,8 @@ def record(writer, args, now, stats, spent, since, replay):
 def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
     """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint and the files it names."""
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
-    parts = {
-        "agent": agent.state_dict(),
-        "optimizer": agent.optimizer.state_dict(),
-        "replay": replay.save(run_dir / "replay"),
-    }
-    parts |= {"now": now, "state": state, "row": {key: torch.as_tensor(x) for key, x in row.items()}}
+    parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now, "state": state}
+    parts |= {"replay": replay.save(run_dir / "replay"), "row": {key: torch.as_tensor(x) for key, x in row.items()}}
     parts |= {"random": torch.get_rng_state(), "cuda_random": cuda, "args": asdict(args)}
     save(run_dir / "checkpoint.pt", **parts, source=SOURCE)
     replay.sweep(run_dir / "replay")
@@ -1471,13 +1470,9 @@ def train(args: Args) -> dict:
     needed = args.num_envs * (-(-args.learning_starts // args.num_envs) + args.batch_length)  # rows at the first update
     if args.buffer_size // args.num_envs * args.num_envs < min(needed, args.total_timesteps):
         fail(f"--buffer-size {args.buffer_size}: training starts with {needed:,} rows; allowed: that many or more")
-    keep_memory()
-    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")  # medium: oneDNN, float32 without AMX
+    tune(args)
     for seed in random.seed, np.random.seed, torch.manual_seed:
         seed(args.seed)
-    torch.backends.cudnn.allow_tf32 = args.bf16
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.benchmark = not args.torch_deterministic
     envs = make_envs(args.env_id, args.num_envs, args.seed, args)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     agent = Agent(obs_space, action_space, args)

@@ -21,6 +21,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 HERE = Path(__file__).parent
 
 
+def smooth(returns, window):
+    """Mean of the last `window` episodes."""
+    return np.array([returns[max(0, i + 1 - window) : i + 1].mean() for i in range(len(returns))])
+
+
 def episodes(run, every):
     """-> rows (policy step, frames, seconds since the start, return): one for `every` training episodes, their mean."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
@@ -28,14 +33,9 @@ def episodes(run, every):
     repeat = frames.value / frames.step
     start = events.FirstEventTimestamp()
     points = events.Scalars("charts/episodic_return")
-    means = [np.mean([x.value for x in points[max(0, i + 1 - every) : i + 1]]) for i in range(len(points))]
+    means = smooth(np.array([x.value for x in points]), every)
     rows = [(x.step, int(x.step * repeat), round(x.wall_time - start, 1)) for x in points]
     return [(*row, round(float(mean), 4)) for row, mean in zip(rows, means, strict=True)][every - 1 :: every]
-
-
-def smooth(returns, window):
-    """Mean of the last `window` episodes."""
-    return np.array([returns[max(0, i + 1 - window) : i + 1].mean() for i in range(len(returns))])
 
 
 def draw_groups(axes, curves, flag, window):

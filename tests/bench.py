@@ -68,9 +68,7 @@ def measure(began, device, budget, shape=IMAGE, act=0, pong=False, rows=0, **fla
             result = module.train(module.Args(device=device, train_ratio=256, **flags))
             return {"agent steps / core s": result["updates"] * 4 / (time.process_time() - cpu)}
     args = module.resolve(module.Args(device=device, **flags))
-    module.keep_memory()
-    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")
-    torch.backends.cudnn.benchmark = True
+    module.tune(args)
     image = len(shape) == 3
     space = spaces.Box(0, 255, shape, np.uint8) if image else spaces.Box(-np.inf, np.inf, shape, np.float32)
     obs_space, action_space, rng = spaces.Dict(obs=space), spaces.Discrete(6), np.random.default_rng(0)

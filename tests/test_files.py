@@ -16,7 +16,7 @@ import shape_comments
 from test_common import FILES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TARGETS = {"dreamerv3": 1380}  # lines; a file may exceed its target by a tenth
+TARGETS = {"dreamerv3": 1376}  # lines; a file may exceed its target by a tenth
 SECTIONS = [
     "# SPDX-License-Identifier: MIT",
     "# /// script",

@@ -245,6 +245,7 @@ def unimix(logits, mix):
     return ((1 - mix) * logp.exp() + mix / logits.shape[-1]).log() if mix else logp
 
 
+# DIFFERS(gumbel_softmax): sample_onehot
 def sample_onehot(logp, noise=None):
     """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
 
@@ -255,11 +256,13 @@ def sample_onehot(logp, noise=None):
     return torch.zeros_like(logp).scatter_(-1, index, 1.0)
 
 
+# SHARED(dreamerv3, gumbel_softmax): straight_through
 def straight_through(onehot, probs):
     """The value of the sample with the gradient of the probabilities (Bengio et al. 2013). Both (..., K)."""
-    return onehot + probs - probs.detach()
+    return onehot + (probs - probs.detach())  # with other parentheses the sum is off one-hot by rounding
 
 
+# SHARED(dreamerv3, gumbel_softmax): kl_categorical
 def kl_categorical(logp, logq):
     """KL(p || q) in nats of S independent categoricals. Log-probabilities (..., S, K) -> (...)."""
     return (logp.exp() * (logp - logq)).sum((-2, -1))
@@ -850,12 +853,14 @@ class Agent(nn.Module):
 # === Part 2: plumbing =================================================================================================
 
 
+# SHARED(dreamerv3, gumbel_softmax): fail
 def fail(message):
     """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
+# SHARED(dreamerv3, gumbel_softmax): pick_device
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
     cuda = torch.cuda.is_available()
@@ -1225,6 +1230,7 @@ def evaluate(agent, args, episodes, video=None):
     return [score for mine, share in zip(scores, wanted, strict=True) for score in mine[:share]]
 
 
+# SHARED(dreamerv3, gumbel_softmax): save
 def save(path, **state):
     """Atomic: either the whole new file stands under its name, or still the old one, and nothing beside it."""
     temporary = Path(path).with_suffix(".tmp")
@@ -1238,6 +1244,7 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
+# SHARED(dreamerv3, gumbel_softmax): load
 def load(path, device, need=()):
     """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
@@ -1336,6 +1343,7 @@ def open_writer(args, run_dir, step):
     return writer
 
 
+# SHARED(dreamerv3, gumbel_softmax): finite
 def finite(stats):
     """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
     update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What every file promises: the same suite over the same contract. To have a further file tested, add its name."""
+"""What every agent promises: the same suite over the same contract. To have a further file tested, add its name."""
 
 import dataclasses
 import importlib
@@ -20,11 +20,12 @@ from PIL import Image
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-FILES = ["dreamerv3"]
+AGENTS = ["dreamerv3"]  # these act in environments
+FILES = [*AGENTS, "gumbel_softmax"]
 BOX, CPU = spaces.Box(-1, 1, (2,)), torch.device("cpu")
 
 
-@pytest.fixture(params=FILES, scope="module")
+@pytest.fixture(params=AGENTS, scope="module")
 def module(request):
     return importlib.import_module(request.param)
 

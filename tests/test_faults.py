@@ -16,12 +16,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_common import FILES, same, short
+from test_common import AGENTS, same, short
 
 HERE = pathlib.Path(__file__).resolve().parent
 
 
-@pytest.fixture(params=FILES, scope="module")
+@pytest.fixture(params=AGENTS, scope="module")
 def module(request):
     return importlib.import_module(request.param)
 

@@ -6,12 +6,12 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from test_common import FILES, experience, short, window
+from test_common import AGENTS, experience, short, window
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(params=FILES)
+@pytest.fixture(params=AGENTS)
 def module(request):
     return importlib.import_module(request.param)
 

@@ -5,7 +5,7 @@ import importlib
 
 import numpy as np
 import pytest
-from test_common import FILES
+from test_common import AGENTS
 
 # of runs that are short: a larger learning rate, and an optimiser that forgets its first, huge gradients soon
 SHORT = dict(size="debug", learning_rate=1e-3, warmup=100, beta2=0.99, imag_horizon=5, entropy_scale=0.003)
@@ -14,7 +14,7 @@ SHORT |= dict(batch_size=16, batch_length=12, train_ratio=48.0, learning_starts=
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind,optimum", [("image", 0.5), ("both", 0.75)])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", AGENTS)
 def test_memory(name, tmp_path, kind, optimum):
     """The cue of two frames ago decides; 90% of the optimum, where forgetting gives 0, and one cue of two 67%."""
     module = importlib.import_module(name)

@@ -331,7 +331,7 @@ def vector_quantize(z, codebook, commitment=0.25):
     learns from the loss only, the encoder from both. Deterministic: no variance, the bias of straight-through.
     """
     distance = z.square().sum(-1, keepdim=True) - 2 * z @ codebook.T + codebook.square().sum(-1)
-    codes = F.one_hot(distance.argmin(-1), len(codebook)).to(z.dtype)
+    codes = onehot_max(-distance)
     nearest = codes @ codebook
     loss = (z.detach() - nearest).square() + commitment * (z - nearest.detach()).square()
     return straight_through(nearest.detach(), z), codes, loss.sum((-2, -1))

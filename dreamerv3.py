@@ -866,7 +866,8 @@ def pick_device(args):
     cuda = torch.cuda.is_available()
     try:
         device = torch.device(args.device if args.device != "auto" else "cuda" if cuda else "cpu")
-    except RuntimeError:
+        assert device.type in ("cpu", "cuda")
+    except (AssertionError, RuntimeError):
         fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...")
     if device.type == "cuda":
         if not (device.index or 0) < torch.cuda.device_count():
@@ -1337,7 +1338,7 @@ def open_writer(args, run_dir, step):
 
         names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name)
         wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
-    writer = SummaryWriter(run_dir, purge_step=step or None)
+    writer = SummaryWriter(run_dir, purge_step=step + 1 if step else None)
     table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", step)
     return writer

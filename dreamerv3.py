@@ -139,6 +139,7 @@ RUN |= dict(checkpoint_every=10_000)
 DEBUG = dict(total_timesteps=400, batch_size=4, batch_length=8, train_ratio=4.0, learning_starts=64)
 SIZES = {"debug": widths(32, checkpoint_every=200, **DEBUG), "1m": widths(64), "12m": widths(256), "25m": widths(384)}
 SIZES |= {"50m": widths(512), "100m": widths(768), "200m": widths(1024), "400m": widths(1536)}
+SIDES = range(48, 257, 16)  # of images: four halvings, and a smallest image that is not too small
 
 
 # --ablate, after the paper's ablations. kl: no balance, no free nats: one KL of weight 1 for both sides; return_norm:
@@ -148,6 +149,7 @@ ABLATE = {"kl": dict(free_nats=0.0, dyn_scale=1.0, rep_scale=1.0), "unimix": dic
 ABLATE |= {"symlog": dict(bins=1)}
 
 
+# DIFFERS(planet): resolve
 def resolve(args: Args) -> Args:
     """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
 
@@ -268,6 +270,7 @@ def kl_categorical(logp, logq):
     return (logp.exp() * (logp - logq)).sum((-2, -1))
 
 
+# DIFFERS(planet): kl_loss
 def kl_loss(post, prior, free_nats):
     """Eq. 3: (dynamics, representation) loss, one KL with either side stopped and never pushed below free_nats.
 
@@ -345,6 +348,7 @@ class BlockLinear(nn.Module):
         return y.transpose(0, 1).reshape(*x.shape[:-1], blocks * outputs)
 
 
+# DIFFERS(planet): mlp
 def mlp(inputs, units, layers):
     """layers x (Linear, RMSNorm, SiLU), the order used everywhere."""
     sizes = [inputs] + layers * [units]
@@ -352,6 +356,7 @@ def mlp(inputs, units, layers):
     return nn.Sequential(*[module for part in parts for module in part])
 
 
+# DIFFERS(planet): init_weights
 def init_weights(module, outscale=1.0):
     """Normal of deviation outscale / sqrt(fan in), truncated at 2 sigma (1.1368 makes up for the truncation); biases 0.
 
@@ -368,11 +373,13 @@ def init_weights(module, outscale=1.0):
         nn.init.trunc_normal_(weight, std=sigma, a=-2 * sigma, b=2 * sigma)
 
 
+# SHARED(planet, dreamerv3): is_image
 def is_image(space):
     """uint8 of rank 3 goes to the convolutions, everything else to the MLP."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
 
 
+# DIFFERS(planet): Encoder
 class Encoder(nn.Module):
     """Observations -> embedding. Vectors: symlog, 3 layers. Images, stacked on channels: 4 x (5x5, max-pool, norm)."""
 
@@ -425,6 +432,7 @@ def upsample_conv(x, conv):
     return y.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
+# DIFFERS(planet): Decoder
 class Decoder(nn.Module):
     """Features -> predicted observations: vectors as Encoder.squash gives them, images in 0 to 1."""
 
@@ -529,6 +537,7 @@ class Actor(Head):
 # --- world model ------------------------------------------------------------------------------------------------------
 
 
+# DIFFERS(planet): RSSM
 class RSSM(nn.Module):
     """Recurrent state-space model, Eq. 1: h_t = f(h, z, a of t-1), posterior z_t ~ q(h_t, x_t), prior z_t ~ p(h_t)."""
 
@@ -657,6 +666,7 @@ class LaProp:
 # --- agent ------------------------------------------------------------------------------------------------------------
 
 
+# DIFFERS(planet): Agent
 class Agent(nn.Module):
     """World model, actor and critic, trained together by one loss and one optimiser.
 
@@ -853,14 +863,14 @@ class Agent(nn.Module):
 # === Part 2: plumbing =================================================================================================
 
 
-# SHARED(dreamerv3, gumbel_softmax): fail
+# SHARED(planet, dreamerv3, gumbel_softmax): fail
 def fail(message):
     """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-# SHARED(dreamerv3, gumbel_softmax): pick_device
+# SHARED(planet, dreamerv3, gumbel_softmax): pick_device
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
     cuda = torch.cuda.is_available()
@@ -877,6 +887,7 @@ def pick_device(args):
     return device
 
 
+# SHARED(planet, dreamerv3): free_memory
 def free_memory(device):
     """Bytes that can still be allocated; infinite where the system does not tell."""
     if device.type == "cuda":
@@ -885,6 +896,7 @@ def free_memory(device):
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
 
 
+# SHARED(planet, dreamerv3): tune
 def tune(args):
     """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
     again page by page is half of a CPU update.
@@ -901,6 +913,7 @@ def tune(args):
     torch.backends.cudnn.benchmark = not args.torch_deterministic
 
 
+# DIFFERS(planet): Replay
 class Replay:
     """Ring buffer of capacity // num_envs rows for each environment; all environments add a row at a time together.
 
@@ -1000,6 +1013,7 @@ class Replay:
 # --- environments -----------------------------------------------------------------------------------------------------
 
 
+# SHARED(planet, dreamerv3): DMControl
 class DMControl(gym.Env):
     """dm_control/<domain>-<task>-v0. Episodes end by time limit (discount still 1): truncated, not terminated."""
 
@@ -1043,6 +1057,7 @@ class DMControl(gym.Env):
         return self.env.physics.render(self.size, self.size, camera_id=self.camera)
 
 
+# SHARED(planet, dreamerv3): adapt
 def adapt(env, args, repeat):
     """One environment -> Dict of uint8 images (H, W, C) and flat float32 vectors; Box actions clipped to [-1, 1]."""
     space, action = env.observation_space, env.action_space
@@ -1070,6 +1085,7 @@ def adapt(env, args, repeat):
     return gym.wrappers.TransformObservation(env, as_dict, space)
 
 
+# SHARED(planet, dreamerv3): atari_envs
 def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
     small = args.atari_protocol == "100k"
@@ -1084,6 +1100,7 @@ def atari_envs(env_id, num_envs, args, **kwargs):
     return gym.wrappers.vector.TransformObservation(envs, as_dict, batched, single)
 
 
+# SHARED(planet, dreamerv3): make_envs
 def make_envs(env_id, num_envs, seed, args):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
     family = env_id.split("/")[0]
@@ -1111,8 +1128,8 @@ def make_envs(env_id, num_envs, seed, args):
         near = difflib.get_close_matches(env_id, gym.registry, 3) if env_id.split(":")[-1] not in gym.registry else []
         fail(f"--env-id {env_id}: {error}" + (f" Close matches: {', '.join(near)}" if near else ""))
     sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
-    if len(sizes) > 1 or any(side % 16 or not 48 <= side <= 256 for size in sizes for side in size):
-        fail(f"--env-id {env_id}: images of {sizes}; allowed: one size, sides a multiple of 16 from 48 to 256")
+    if len(sizes) > 1 or any(side not in SIDES for size in sizes for side in size):
+        fail(f"--env-id {env_id}: images of {sizes}; allowed: one size, sides among {list(SIDES)}")
     if args.capture_video and not sizes:
         try:
             envs.reset(seed=seed)
@@ -1123,6 +1140,7 @@ def make_envs(env_id, num_envs, seed, args):
     return envs
 
 
+# SHARED(planet, dreamerv3): start_row
 def start_row(envs, seed):
     """Reset all environments -> their first rows."""
     obs, _ = envs.reset(seed=seed)
@@ -1130,6 +1148,7 @@ def start_row(envs, seed):
     return {**obs, "reward": np.float32(no), "is_first": yes, "is_last": no, "is_terminal": no}
 
 
+# SHARED(planet, dreamerv3): next_row
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
     obs, reward, terminated, truncated, _ = envs.step(action)
@@ -1140,6 +1159,7 @@ def next_row(envs, action, row):
 # --- pictures, checkpoints, evaluation --------------------------------------------------------------------------------
 
 
+# SHARED(planet, dreamerv3): save_gif
 def save_gif(path, frames, writer=None, step=0):
     """uint8 (T, H, W, 3) -> animated GIF on disk and in TensorBoard, whose own add_video would need moviepy."""
     from PIL import Image
@@ -1155,6 +1175,7 @@ def save_gif(path, frames, writer=None, step=0):
         writer._get_file_writer().add_summary(Summary(value=[value]), step)
 
 
+# SHARED(planet, dreamerv3): picture
 def picture(obs):
     """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the vectors as gray cells."""
     images = [obs[key] for key in sorted(obs) if obs[key].dim() == 5]
@@ -1165,6 +1186,7 @@ def picture(obs):
     return cells.repeat_interleave(16, -1)[..., None, :, None].expand(-1, -1, 32, -1, 3)
 
 
+# SHARED(planet, dreamerv3): film
 def film(video, seen):
     """(B, T, H, W, 3) -> uint8 (T, 6 + H, B * W, 3): side by side; a bar above is green for seen frames, then red."""
     B, T, _, W, _ = video.shape
@@ -1173,6 +1195,7 @@ def film(video, seen):
     return torch.cat([bar, video], 2).permute(1, 2, 0, 3, 4).flatten(2, 3).to(torch.uint8).cpu().numpy()
 
 
+# DIFFERS(planet): open_loop
 @torch.no_grad()
 def open_loop(agent, batch):
     """What the model knows: up to six windows side by side, with truth, model and error from top to bottom. It observes
@@ -1192,6 +1215,7 @@ def open_loop(agent, batch):
     return film(torch.cat([truth, model, (model - truth + 255) / 2], 2), seen)
 
 
+# DIFFERS(planet): dream
 @torch.no_grad()
 def dream(agent, args, steps=64):
     """Four dreams of the policy, each after one real observation. -> uint8 (1 + steps, H, W, 3)."""
@@ -1204,6 +1228,7 @@ def dream(agent, args, steps=64):
         return film(picture(agent.decoder(feat)), seen=1)
 
 
+# SHARED(planet, dreamerv3): evaluate
 def evaluate(agent, args, episodes, video=None):
     """Play whole episodes without exploration noise; the random state of training is left as it was.
 
@@ -1231,7 +1256,7 @@ def evaluate(agent, args, episodes, video=None):
     return [score for mine, share in zip(scores, wanted, strict=True) for score in mine[:share]]
 
 
-# SHARED(dreamerv3, gumbel_softmax): save
+# SHARED(planet, dreamerv3, gumbel_softmax): save
 def save(path, **state):
     """Atomic: either the whole new file stands under its name, or still the old one, and nothing beside it."""
     temporary = Path(path).with_suffix(".tmp")
@@ -1245,7 +1270,7 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
-# SHARED(dreamerv3, gumbel_softmax): load
+# SHARED(planet, dreamerv3, gumbel_softmax): load
 def load(path, device, need=()):
     """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
@@ -1258,6 +1283,7 @@ def load(path, device, need=()):
         fail(f"{path}: cannot be read ({type(error).__name__}: {text}); allowed: a checkpoint.pt")
 
 
+# SHARED(planet, dreamerv3): merge
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
 
@@ -1274,6 +1300,7 @@ def merge(args, path, saved, free):
     return replace(Args(**saved), **{name: value for name, value in asked.items() if name in free})
 
 
+# SHARED(planet, dreamerv3): restore_weights
 def restore_weights(agent, state, path):
     """Load a state_dict, or stop with one line where shapes differ."""
     try:
@@ -1283,6 +1310,7 @@ def restore_weights(agent, state, path):
         fail(f"{path}: made for other observations or actions ({line}); allowed: its own environment and version")
 
 
+# SHARED(planet, dreamerv3): load_agent
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     state = load(path, "cpu", need=("args", "agent"))
@@ -1295,6 +1323,7 @@ def load_agent(path, args=None):
     return agent, args
 
 
+# SHARED(planet, dreamerv3): show
 def show(args):
     """--eval and --dream: print the returns, leave a GIF beside the checkpoint."""
     path = Path(args.eval or args.dream)
@@ -1313,6 +1342,7 @@ def show(args):
 # === Part 3: training =================================================================================================
 
 
+# DIFFERS(planet): describe
 def describe(args, agent, replay, run_dir, needed):
     """Say what is about to run, before it takes hours. needed: rows at the first update."""
     gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
@@ -1329,6 +1359,7 @@ def describe(args, agent, replay, run_dir, needed):
     print(f"length    {steps}{late}", flush=True)
 
 
+# SHARED(planet, dreamerv3): open_writer
 def open_writer(args, run_dir, step):
     """TensorBoard, mirrored to Weights & Biases with --track."""
     from torch.utils.tensorboard import SummaryWriter
@@ -1344,7 +1375,7 @@ def open_writer(args, run_dir, step):
     return writer
 
 
-# SHARED(dreamerv3, gumbel_softmax): finite
+# SHARED(planet, dreamerv3, gumbel_softmax): finite
 def finite(stats):
     """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
     update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
@@ -1356,6 +1387,7 @@ def finite(stats):
     return values
 
 
+# SHARED(planet, dreamerv3): record
 def record(writer, args, now, stats, spent, since, replay):
     """One progress line, and the scalars for TensorBoard. spent: seconds by part; since: time and step of last call.
 
@@ -1374,6 +1406,7 @@ def record(writer, args, now, stats, spent, since, replay):
         writer.add_scalar(key, value, now["step"])
 
 
+# SHARED(planet, dreamerv3): checkpoint
 def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
     """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint and the files it names."""
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
@@ -1385,6 +1418,7 @@ def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
     writer.flush()
 
 
+# SHARED(planet, dreamerv3): restore
 def restore(saved, args, agent, replay, envs, run_dir):
     """Bring agent, replay, environments and random state to where the checkpoint was taken. -> now, row, agent state.
 
@@ -1415,6 +1449,7 @@ def restore(saved, args, agent, replay, envs, run_dir):
     return now, row, state
 
 
+# DIFFERS(planet): learn
 def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics.
 
@@ -1466,6 +1501,7 @@ def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     return finite(stats)
 
 
+# DIFFERS(planet): train
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
     modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]

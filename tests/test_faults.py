@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_common import AGENTS, same, short
+from test_common import AGENTS, has, known, same, short
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -60,7 +60,7 @@ def test_spaces_and_flags(module, tmp_path, capsys):
     refused(module, capsys, "Tiny-sequence-v0", "Sequence", "allowed", env_id="Tiny-sequence-v0", **root)
     refused(module, capsys, "--resume --eval", resume="a", eval="b", **root)
     refused(module, capsys, "--eval --dream", dream="a", eval="b", **root)
-    refused(module, capsys, "--obs image", "dm_control", env_id="CartPole-v1", obs="image", **root)
+    refused(module, capsys, "--obs both", "dm_control", env_id="CartPole-v1", obs="both", **root)
     refused(module, capsys, "--atari-protocol 200m", "ALE", env_id="CartPole-v1", atari_protocol="200m", **root)
     if "ablate" in {field.name for field in dataclasses.fields(module.Args)}:
         refused(module, capsys, "--free-nats 3", "--ablate kl", ablate="kl", free_nats=3.0, **root)
@@ -109,12 +109,13 @@ def test_other_checkpoints(module, run, capsys):
         module.save(path, **{**state, "args": {**state["args"], "learning_rate_of_old": 1}})
         refused(module, capsys, str(run), "another version", **{flag: str(run)})
     path.write_bytes(whole)
-    refused(module, capsys, "--gamma 0.5", eval=str(run), gamma=0.5)
+    refused(module, capsys, "--eps 0.5", eval=str(run), eps=0.5)
     refused(module, capsys, "--eval-episodes 0", eval=str(run), eval_episodes=0)
     shutil.copy(path, run / "older.pt")
     module.train(module.Args(resume=str(run), total_timesteps=130, device="cpu"))
     files = sorted((run / "replay").iterdir())
-    refused(module, capsys, "cannot be read", resume=str(run / "older.pt"), total_timesteps=200)
+    if hasattr(module.Replay, "write"):  # else the older checkpoint needs no file that the newer one has replaced
+        refused(module, capsys, "cannot be read", resume=str(run / "older.pt"), total_timesteps=200)
     assert sorted((run / "replay").iterdir()) == files  # what the newer checkpoint needs is still there
     for harm in (lambda file: file.write_bytes(file.read_bytes()[:100])), pathlib.Path.unlink:
         file = next((run / "replay").glob("rows*"))
@@ -143,10 +144,10 @@ def goes_on(module, run, at):
 
 def test_loss_is_not_finite(module, tmp_path, monkeypatch):
     """The run stops with step and term; the last checkpoint is from before."""
-    real, calls = module.Agent.update, itertools.count()
+    real = module.Agent.update
 
     def update(self, batch):
-        if next(calls) == 9:
+        if list(tmp_path.glob("*/checkpoint.pt")):
             with torch.no_grad():
                 self.params[0].fill_(float("nan"))
         return real(self, batch)
@@ -170,6 +171,8 @@ def test_environment_raises(module, tmp_path):
 @pytest.mark.parametrize("file", ["rows", "extras", "checkpoint"])
 def test_disk_is_full(module, tmp_path, monkeypatch, file):
     """No space while the second checkpoint is written, in any of its parts: the first one stays good."""
+    if file == "extras":
+        has(module.Replay, "write")
     real, calls = torch.save, itertools.count()
 
     def full(state, target):
@@ -189,6 +192,7 @@ def killed_runs(module, root, kills, steps):
     """Kill -9 a run at random moments, resume it, and so on, then let it end. -> its folder, checkpoints' steps."""
     flags = dict(env_id="envs:Tiny-vector-box-v0", size="debug", device="cpu", num_envs=3, log_every=0.0)
     flags |= dict(total_timesteps=steps, learning_starts=20, checkpoint_every=5, run_root=str(root), train_ratio=1.0)
+    flags = known(module, {**flags, "seed_episodes": 1, "collect_interval": 4})
     start = [x for name, value in flags.items() for x in ("--" + name.replace("_", "-"), str(value))]
     environ, seen, rng = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}, [], random.Random(0)
     while True:

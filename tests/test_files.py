@@ -16,7 +16,11 @@ import shape_comments
 from test_common import AGENTS, FILES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TARGETS = {"dreamerv3": 1376, "gumbel_softmax": 1150}  # lines without markers; a file may exceed its target by a tenth
+TARGETS = {
+    "planet": 1300,
+    "dreamerv3": 1376,
+    "gumbel_softmax": 1150,
+}  # lines without markers; a file may exceed its target by a tenth
 SECTIONS = [  # those of Replay and make_envs: in agents only
     "# SPDX-License-Identifier: MIT",
     "# /// script",
@@ -233,16 +237,17 @@ def test_shape_comments(name, tmp_path):
     """Every trailing shape comment holds in real runs, with sizes chosen to be told apart, and each one is reached."""
     module = importlib.import_module(name)
     sizes = dict(batch_size=5, batch_length=9, imag_horizon=4, stoch=6, classes=7, deter=64, hidden=40, units=48)
-    sizes |= dict(bins=31, blocks=8, depth=2)
+    sizes |= dict(bins=31, blocks=8, depth=2, horizon=4, candidates=11, top=3, overshooting=3, learning_starts=20)
+    sizes |= dict(seed_episodes=1)
     fields = {field.name for field in dataclasses.fields(module.Args)}
     sizes = {key: x for key, x in sizes.items() if key in fields}
-    symbols = dict(imag_horizon="H", stoch="S", classes="K", deter="D", bins="V")
+    symbols = dict(imag_horizon="H", stoch="S", classes="K", deter="D", bins="V", horizon="H", candidates="J", top="K")
     known = {symbols[key]: x for key, x in sizes.items() if key in symbols}
-    known["F"] = known.get("D", 0) + known.get("S", 0) * known.get("K", 0)
+    known["F"] = known.get("D", 0) + known.get("S", 0) * sizes.get("classes", 1)
     missed = []
     for action, size in ("discrete", 3), ("box", 2):
         flags = dict(env_id=f"envs:Tiny-both-{action}-v0", num_envs=2, run_root=str(tmp_path / action), device="cpu")
-        flags |= dict(size="debug", total_timesteps=60, learning_starts=20, checkpoint_every=60, **sizes)
+        flags |= dict(size="debug", total_timesteps=60, checkpoint_every=60, **sizes)
         errors, checked, unreached = shape_comments.check(
             module.__file__, lambda flags=flags: module.train(module.Args(**flags)), {**known, "A": size}
         )

@@ -1,0 +1,1417 @@
+# SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch==2.13.0", "numpy", "gymnasium>=1.3", "ale-py", "dm_control", "mujoco>=3.17,<4", "tyro", "tensorboard",
+# ]
+# ///
+"""PlaNet: learn a latent model of the world from pixels, and act by planning in it. No policy, no value function.
+
+Paper: Hafner et al., "Learning Latent Dynamics for Planning from Pixels", arXiv 1811.04551 (ICML 2019). "Eq. n" is an
+equation of it, "code" the authors' release in its last state (August 2019).
+
+    python planet.py --env-id dm_control/cartpole-swingup-v0               train from pixels: 1,000 episodes
+    python planet.py --env-id dm_control/cartpole-swingup-v0 --obs vector --size small      a CPU will do
+    python planet.py --dynamics ssm                       Figure 4: rssm, ssm (stochastic only), gru (deterministic)
+    python planet.py --collect random --planner shooting  Figure 5: random data, best of 1000 random plans
+    python planet.py --resume runs/...                    go on where the last checkpoint stands, replay included
+    python planet.py --eval runs/.../checkpoint.pt        play 10 episodes, print the returns, save eval.gif
+    python planet.py --planner true --obs vector          Table 1: the planner on the simulator itself (dm_control)
+    python planet.py --dream runs/.../checkpoint.pt       plan and act in imagination only, save dream.gif
+
+From Python:
+    import planet
+    args = planet.Args(env_id="Pendulum-v1", size="debug", device="cpu")
+    result = planet.train(args)
+    agent, args = planet.load_agent(result["run_dir"])
+    print(planet.evaluate(agent, args, episodes=10))
+
+Symbols in shapes: B sequences of a batch, T steps trained on, N environments (or start states), H planning horizon,
+J candidate plans, A action size, E embedding, D deterministic state (belief), S latent variables, F = D + S features,
+U hidden units.
+
+A row of experience holds obs_t, the reward that arrived with it, is_first, is_last, is_terminal, and the action chosen
+after seeing obs_t. The model at row t thus sees obs[t] and action[t-1]; at is_first it forgets both state and action.
+
+Differs from the paper, on purpose:
+- Where paper and code disagree the code's last state counts: reward network 3 x 300 (paper 2 x 200), deviations of the
+  refit (paper: mean absolute), reward loss times 10 (paper: silent), clipped candidates.
+- Vectors go through two layers of U units on both sides: the paper has pixels only.
+- Discrete actions are no part of the paper: candidates are scores of the actions, the largest is played and modelled.
+- Episodes shorter than a window are used from their start, and the window runs on into the next one.
+- Several environments may collect at once; each finished episode is followed by its 100 updates, as with one.
+- Episode ends are not modelled, as in the paper: no use where an early end is what matters.
+"""
+
+import ctypes
+import difflib
+import importlib.util
+import io
+import json
+import os
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from gymnasium import spaces
+from torch import nn
+
+SOURCE = Path(__file__).read_text(encoding="utf-8")  # goes into every checkpoint: the code that really ran
+
+
+@dataclass
+class Args:
+    env_id: str = "dm_control/cartpole-swingup-v0"  # dm_control/<domain>-<task>-v0, ALE/*, or any gymnasium id
+    env_kwargs: str = "{}"  # arguments for the environment, as JSON
+    num_envs: int = 1  # environments stepped together
+    action_repeat: int | None = None  # frames per policy step; by task, see REPEATS
+    atari_protocol: Literal["100k", "200m"] = "100k"  # 64x64 RGB, minimal actions; 200m: 96x96, which planet refuses
+    obs: Literal["vector", "image", "both"] = "image"  # dm_control only: state vectors, 64x64 camera, or both
+    seed: int = 1  # of weights, sampling and environments
+    size: Literal["debug", "small", "paper"] = "paper"  # networks, batch and planner; small: vectors on a CPU
+    total_timesteps: int | None = None  # policy steps of all environments together; 125_000: 1,000 episodes of cartpole
+    batch_size: int | None = None  # B, sequences per update; paper: 50
+    batch_length: int | None = None  # T, steps per sequence; paper: 50
+    seed_episodes: int | None = None  # random episodes before the first update; paper: 5
+    collect_interval: int | None = None  # updates per episode; paper: 100
+    buffer_size: int | None = None  # replay rows; 9/8 of total_timesteps, at most 1_000_000
+    checkpoint_every: int | None = None  # policy steps between checkpoints; 5_000 (debug: 200)
+    log_every: float = 10.0  # seconds between progress lines and between records of scalars
+    dynamics: Literal["rssm", "ssm", "gru"] = "rssm"  # both paths | stochastic only | deterministic only, Figure 4
+    collect: Literal["cem", "random"] = "cem"  # who acts in episodes after the seeds: the planner, or chance
+    planner: Literal["cem", "shooting", "true"] = "cem"  # shooting: no refit, best plan; true: --eval on the simulator
+    horizon: int = 12  # H, steps of a plan
+    iterations: int | None = None  # refits of the plan's distribution; paper: 10
+    candidates: int | None = None  # J, plans per iteration; paper: 1000
+    top: int | None = None  # elites that the refit keeps; paper: 100
+    action_noise: float = 0.3  # deviation of the noise on collected actions
+    overshooting: int = 1  # largest distance of the KL, Eq. 7; 1: the ordinary KL, as in the final paper
+    free_nats: float = 3.0  # a KL below this is not optimised, per step
+    kl_scale: float = 1.0  # of the KL
+    reward_scale: float = 10.0  # of the reward loss; code
+    learning_rate: float = 1e-3  # of Adam
+    eps: float = 1e-4  # of Adam, added as TensorFlow does
+    clip: float = 1000.0  # largest global gradient norm
+    bits: int = 5  # of the image that the model sees
+    min_std: float = 0.1  # least deviation of the latents
+    stoch: int | None = None  # S; by --size, as the four below: paper 30
+    deter: int | None = None  # D; paper: 200
+    hidden: int | None = None  # U; paper: 200
+    units: int | None = None  # units of the three layers of the reward network; code: 300
+    depth: int | None = None  # channels of the first convolution; paper: 32
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    bf16: bool = True  # bfloat16 products and convolutions on a GPU; products only on a CPU with AMX
+    cuda_graph: bool = True  # replay the whole update, and the whole plan, as CUDA graphs on a GPU
+    torch_deterministic: bool = False  # ask cuDNN for deterministic kernels
+    exp_name: str = Path(__file__).stem  # names the run
+    run_root: str = "runs"  # folder of the run folders
+    resume: str | None = None  # run folder or checkpoint to go on from
+    eval: str | None = None  # run folder or checkpoint to evaluate
+    eval_episodes: int = 10  # episodes of --eval
+    dream: str | None = None  # run folder or checkpoint to roll out in imagination, as dream.gif
+    capture_video: bool = False  # GIF of an episode at each checkpoint; agents that see only vectors: as rendered
+    track: bool = False  # mirror TensorBoard to Weights & Biases (after: pip install wandb)
+    wandb_project_name: str = "cleandream"  # with --track
+    wandb_entity: str | None = None  # with --track
+
+
+RUN = dict(total_timesteps=125_000, batch_size=50, batch_length=50, seed_episodes=5, collect_interval=100)
+RUN |= dict(checkpoint_every=5_000, iterations=10, candidates=1000, top=100)
+RUN |= dict(stoch=30, deter=200, hidden=200, units=300, depth=32)
+DEBUG = dict(total_timesteps=400, batch_size=4, batch_length=8, seed_episodes=1, collect_interval=10)
+DEBUG |= dict(checkpoint_every=200, iterations=2, candidates=20, top=4)
+DEBUG |= dict(stoch=6, deter=16, hidden=16, units=16, depth=4)
+SMALL = dict(iterations=5, candidates=300, top=30, stoch=16, deter=64, hidden=64, units=64, depth=16)
+SIZES = {"debug": DEBUG, "small": SMALL, "paper": {}}
+
+REPEATS = {"cartpole": 8, "reacher": 4, "cheetah": 4, "finger": 2, "ball_in_cup": 4, "walker": 2}  # the paper's
+SIDES = (64,)  # of images: the transposed convolutions end at 64
+
+
+# DIFFERS(dreamerv3): resolve
+def resolve(args: Args) -> Args:
+    """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
+
+    Stops with exit code 2 where flags are impossible or contradict each other.
+    """
+    preset = {**RUN, **SIZES[args.size]}
+    args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
+    family, _, task = args.env_id.partition("/")
+    repeat = {"ALE": 4, "dm_control": REPEATS.get(task.split("-")[0], 2)}.get(family, 1)
+    rows = min(args.total_timesteps * 9 // 8, 1_000_000)  # an eighth for the rows of resets
+    derived = {"action_repeat": repeat, "buffer_size": rows}
+    args = replace(args, **{key: value for key, value in derived.items() if getattr(args, key) is None})
+    positive = ["num_envs", "action_repeat", "total_timesteps", "batch_size", "seed_episodes", "collect_interval"]
+    positive += ["buffer_size", "checkpoint_every", "horizon", "iterations", "candidates", "top", "eval_episodes"]
+    positive += ["overshooting", "stoch", "deter", "hidden", "units", "depth"]
+    for name, least in {**dict.fromkeys(positive, 0), "batch_length": 1}.items():
+        if getattr(args, name) <= least:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than {least}")
+    if args.top > args.candidates:
+        fail(f"--top {args.top}: allowed: at most --candidates {args.candidates}")
+    if not 1 <= args.bits <= 8:
+        fail(f"--bits {args.bits}: allowed: 1 to 8")
+    if args.overshooting > 1 and args.dynamics == "gru":
+        fail(f"--overshooting {args.overshooting}: allowed: with --dynamics rssm or ssm, which have a KL")
+    for name, only in ("obs", "dm_control"), ("atari_protocol", "ALE"):
+        if getattr(args, name) != getattr(Args, name) and family != only:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: with --env-id {only}/... only")
+    if args.planner == "true" and (args.resume or args.eval or args.dream or family != "dm_control"):
+        fail("--planner true: allowed: with --env-id dm_control/..., whose state can be copied, and no checkpoint")
+    if args.track and not importlib.util.find_spec("wandb"):
+        fail("--track: Weights & Biases is missing; allowed after: pip install wandb")
+    return args
+
+
+# === Part 1: the algorithm ============================================================================================
+
+
+def preprocess(image, bits, noise=None):
+    """Images of few bits, dequantised: floor(u8 / 2^(8 - bits)) / 2^bits + U(0, 2^-bits) - 0.5 in -0.5 to 0.5.
+
+    image: uint8, any shape; noise: the same shape, in 0 to 2^-bits, drawn anew each time if None. Fewer bits, so that
+    small objects weigh as much as the texture of the ground; noise, so that a density cannot grow without bound.
+    """
+    noise = torch.rand(image.shape, device=image.device) / 2**bits if noise is None else noise
+    return torch.div(image, 2 ** (8 - bits), rounding_mode="floor").float() / 2**bits + noise - 0.5
+
+
+def kl_gaussian(mean, std, mean2, std2):
+    """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
+    return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)
+
+
+# DIFFERS(dreamerv3): kl_loss
+def kl_loss(post, prior, free_nats):
+    """max(0, KL(post || prior) - free nats), per step and before any mean. post, prior: (mean, std) -> (...)."""
+    return (kl_gaussian(*post, *prior) - free_nats).clamp(min=0)
+
+
+def refit(candidates, returns, top):
+    """The best candidates' mean and deviation. candidates: (N, J, H, A), returns: (N, J) -> (N, 1, H, A) twice."""
+    best = returns.topk(top, 1, sorted=False).indices  # (N, K)
+    elites = candidates.gather(1, best[..., None, None].expand(-1, -1, *candidates.shape[2:]))  # (N, K, H, A)
+    mean = elites.mean(1, keepdim=True)  # (N, 1, H, A)
+    return mean, ((elites - mean).square().mean(1, keepdim=True) + 1e-6).sqrt()
+
+
+def cem(score, shape, iterations, top, like):
+    """Cross-entropy method, Algorithm 2: draw plans, keep the best, fit a normal distribution to them, repeat.
+
+    score: plans (N, J, H, A) in -1 to 1 -> returns (N, J); shape: (N, J, H, A); like: a tensor of the device and type.
+    -> the mean of the last fit (N, H, A). Each of the N problems has candidates of its own. Clipped plans are refitted.
+    """
+    N, _, H, A = shape
+    mean, std = like.new_zeros(N, 1, H, A), like.new_ones(N, 1, H, A)
+    for _ in range(iterations):
+        candidates = (mean + std * torch.randn(shape, device=like.device)).clamp(-1, 1)  # (N, J, H, A)
+        mean, std = refit(candidates, score(candidates), top)
+    return mean[:, 0]
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+# DIFFERS(dreamerv3): init_weights
+def init_weights(module):
+    """Glorot-uniform weights, biases 0, as TensorFlow's layers."""
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+# DIFFERS(dreamerv3): mlp
+def mlp(sizes):
+    """Linear layers with ReLU after each."""
+    parts = [(nn.Linear(a, b), nn.ReLU()) for a, b in zip(sizes, sizes[1:], strict=False)]
+    return nn.Sequential(*[module for part in parts for module in part])
+
+
+# SHARED(planet, dreamerv3): is_image
+def is_image(space):
+    """uint8 of rank 3 goes to the convolutions, everything else to the MLP."""
+    return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
+
+
+# DIFFERS(dreamerv3): Encoder
+class Encoder(nn.Module):
+    """Observations -> embedding. Images: 4 x (4x4 convolution of stride 2, ReLU): 64, 31, 14, 6, 2 pixels wide."""
+
+    def __init__(self, obs_space, args):
+        super().__init__()
+        self.images = sorted(key for key, space in obs_space.items() if is_image(space))
+        self.vectors = sorted(key for key in obs_space if key not in self.images)
+        self.bits, self.size = args.bits, args.hidden if self.vectors else 0  # E
+        if self.vectors:
+            self.mlp = mlp([sum(obs_space[key].shape[0] for key in self.vectors), args.hidden, args.hidden])
+        if self.images:
+            channels = [sum(obs_space[key].shape[-1] for key in self.images)] + [m * args.depth for m in (1, 2, 4, 8)]
+            convs = [(nn.Conv2d(a, b, 4, 2), nn.ReLU()) for a, b in zip(channels, channels[1:], strict=False)]
+            self.convs = nn.Sequential(*[module for part in convs for module in part], nn.Flatten())
+            self.size += 2 * 2 * channels[-1]
+        self.apply(init_weights)
+
+    def preprocess(self, obs):
+        """{key: (B, T, ...)} -> what the model sees and predicts: quantised, noisy images; vectors as they are."""
+        return {key: preprocess(x, self.bits) if key in self.images else x.float() for key, x in obs.items()}
+
+    def forward(self, obs):
+        """Preprocessed {key: (B, T, ...)} -> (B, T, E)."""
+        tokens = []
+        if self.vectors:
+            tokens.append(self.mlp(torch.cat([obs[key] for key in self.vectors], -1)))
+        if self.images:
+            image = torch.cat([obs[key] for key in self.images], -1)
+            x = self.convs(image.flatten(0, 1).permute(0, 3, 1, 2))
+            tokens.append(x.unflatten(0, image.shape[:2]))
+        return torch.cat(tokens, -1)
+
+
+# DIFFERS(dreamerv3): Decoder
+class Decoder(nn.Module):
+    """Features -> means of unit-variance normals. Images: linear, then 4 transposed convolutions: 1, 5, 13, 30, 64."""
+
+    def __init__(self, obs_space, size, args):
+        super().__init__()
+        self.shapes = {key: space.shape for key, space in obs_space.items()}
+        self.images = sorted(key for key, space in obs_space.items() if is_image(space))
+        self.vectors = sorted(key for key in obs_space if key not in self.images)
+        if self.vectors:
+            self.mlp = mlp([size, args.hidden, args.hidden])
+            self.heads = nn.ModuleDict({key: nn.Linear(args.hidden, self.shapes[key][0]) for key in self.vectors})
+        if self.images:
+            channels = [m * args.depth for m in (32, 4, 2, 1)] + [sum(self.shapes[key][-1] for key in self.images)]
+            self.linear, parts = nn.Linear(size, channels[0]), []
+            for i, kernel in enumerate((5, 5, 6, 6)):
+                parts += [nn.ConvTranspose2d(channels[i], channels[i + 1], kernel, 2), nn.ReLU()]
+            self.convs = nn.Sequential(*parts[:-1])
+        self.apply(init_weights)
+
+    def forward(self, feat):
+        """(B, T, F) -> {key: (B, T, ...) float32}."""
+        out = {}
+        if self.vectors:
+            x = self.mlp(feat)
+            out = {key: head(x).float() for key, head in self.heads.items()}
+        if self.images:
+            x = self.convs(self.linear(feat).flatten(0, 1)[..., None, None]).float()
+            parts = x.permute(0, 2, 3, 1).unflatten(0, feat.shape[:2])
+            out.update(zip(self.images, parts.split([self.shapes[key][-1] for key in self.images], -1), strict=True))
+        return out
+
+
+class GRU(nn.Module):
+    """r, u = sigmoid(W [x, h] + 1), h' = u h + (1 - u) tanh(W [x, r h]). Not torch.nn.GRUCell: the reset gate comes
+    before the product, and the bias of 1 makes a new network remember.
+    """
+
+    def __init__(self, inputs, size):
+        super().__init__()
+        self.gates, self.cand = nn.Linear(inputs + size, 2 * size), nn.Linear(inputs + size, size)
+        self.apply(init_weights)
+        nn.init.ones_(self.gates.bias)
+
+    def forward(self, x, h):
+        """(N, inputs), (N, D) -> (N, D)."""
+        reset, update = self.gates(torch.cat([x, h], -1)).float().sigmoid().chunk(2, -1)
+        cand = self.cand(torch.cat([x, (reset * h).to(x.dtype)], -1)).float().tanh()
+        return torch.lerp(cand, h, update)
+
+
+# --- world model ------------------------------------------------------------------------------------------------------
+
+
+class Normal(nn.Module):
+    """Linear layers for mean and deviation: (..., U) -> (..., S) twice, the deviation softplus + min_std."""
+
+    def __init__(self, inputs, size, min_std):
+        super().__init__()
+        self.mean, self.std, self.min_std = nn.Linear(inputs, size), nn.Linear(inputs, size), min_std
+
+    def forward(self, x):
+        return self.mean(x).float(), F.softplus(self.std(x).float()) + self.min_std
+
+
+# DIFFERS(dreamerv3): RSSM
+class RSSM(nn.Module):
+    """Recurrent state-space model, Eq. 4: h_t = f(h, s, a of t-1), prior s_t ~ p(h_t), posterior s_t ~ q(h_t, o_t).
+
+    --dynamics ssm has no h: p(s, a of t-1), and q sees the prior's mean and deviation in its place; "deter" has size 0.
+    gru is the authors' recipe: s is the mean, and nothing pulls the prior to the posterior, so that its layers never
+    learn and plans rest on noise. By construction it can hardly work.
+    """
+
+    def __init__(self, embed_size, action_size, args):
+        super().__init__()
+        self.args, self.ssm = args, args.dynamics == "ssm"
+        S, U = args.stoch, args.hidden
+        D = 0 if self.ssm else args.deter
+        self.sizes = {"deter": D, "stoch": S}
+        self.known = 2 * S if self.ssm else D  # what the posterior sees beside the embedding
+        self.inputs = nn.Linear(S + action_size, U)
+        if not self.ssm:
+            self.cell, self.prior_hidden = GRU(U, D), nn.Linear(D, U)
+        self.prior_out, self.post_out = Normal(U, S, args.min_std), Normal(U, S, args.min_std)
+        self.post_hidden = nn.Linear(self.known + embed_size, U)
+        self.apply(init_weights)
+        if not self.ssm:
+            nn.init.ones_(self.cell.gates.bias)  # both gates open: a new network remembers
+
+    def initial(self, B):
+        """Zeros: {"deter": (B, D), "stoch": (B, S)}."""
+        return {key: self.inputs.weight.new_zeros(B, size) for key, size in self.sizes.items()}
+
+    def feat(self, state):
+        """[s, h]: (..., S), (..., D) -> (..., F)."""
+        return torch.cat([state["stoch"], state["deter"]], -1)
+
+    def action_hidden(self, action):
+        """The action's part of the input layer, for all steps at once. (..., A) -> (..., U)."""
+        return F.linear(action, self.inputs.weight[:, self.args.stoch :], self.inputs.bias)
+
+    def step(self, deter, stoch, action_hidden):
+        """(N, D), (N, S), (N, U) -> next deter (N, D), and what the prior is read from (N, U) or, in the SSM, is."""
+        x = F.relu(F.linear(stoch.to(action_hidden.dtype), self.inputs.weight[:, : self.args.stoch]) + action_hidden)
+        return (deter, x) if self.ssm else (self.cell(x, deter), None)
+
+    def prior(self, deter, hidden=None):
+        """-> mean, std of p(s): (..., S) each. rssm: from deter (..., D); ssm: from hidden (..., U)."""
+        return self.prior_out(hidden if self.ssm else F.relu(self.prior_hidden(deter)))
+
+    def sample(self, mean, std, noise):
+        """mean + std noise; --dynamics gru takes the mean."""
+        return mean if self.args.dynamics == "gru" else mean + std * noise
+
+    def observe(self, embed, action, is_first, state, noise=None):
+        """Filter T observations. embed: (B, T, E); action: (B, T, A), the one that led to each step; is_first: (B, T);
+        state: of the step before; noise: (B, T, S) standard normal, drawn if None.
+
+        -> {"deter": (B, T, D), "stoch", "mean", "std", "prior_mean", "prior_std": (B, T, S)}. The posterior's sample is
+        carried on. In the loop is only what depends on it: the shares of actions and embeddings, and the whole prior of
+        the RSSM, are computed for all T at once.
+        """
+        keep = 1 - is_first.float()  # (B, T)
+        noise = torch.randn(*is_first.shape, self.args.stoch, device=embed.device) if noise is None else noise
+        action_hidden = self.action_hidden(action * keep[..., None])  # (B, T, U)
+        weight_known, weight_embed = self.post_hidden.weight.split([self.known, embed.shape[-1]], 1)
+        embed_hidden = F.linear(embed, weight_embed, self.post_hidden.bias)  # (B, T, U)
+        deter, stoch, states = state["deter"], state["stoch"], []
+        for t in range(is_first.shape[1]):
+            deter, hidden = self.step(deter * keep[:, t, None], stoch * keep[:, t, None], action_hidden[:, t])
+            prior = self.prior(deter, hidden) if self.ssm else ()
+            known = torch.cat(prior, -1) if self.ssm else deter
+            mean, std = self.post_out(F.relu(F.linear(known.to(embed.dtype), weight_known) + embed_hidden[:, t]))
+            stoch = self.sample(mean, std, noise[:, t])
+            states.append((deter, stoch, mean, std, *prior))
+        names = ("deter", "stoch", "mean", "std", "prior_mean", "prior_std")
+        post = {key: torch.stack(x, 1) for key, x in zip(names, zip(*states, strict=True), strict=False)}
+        if not self.ssm:
+            post["prior_mean"], post["prior_std"] = self.prior(post["deter"])
+        return post
+
+    def imagine(self, state, action, noise=None):
+        """Roll the prior forward. state: N start states; action: (N, H, A); noise: (N, H, S), drawn if None.
+
+        -> {"deter": (N, H, D), "stoch", "mean", "std": (N, H, S)}, the states after each action.
+        """
+        noise = torch.randn(*action.shape[:2], self.args.stoch, device=action.device) if noise is None else noise
+        action_hidden = self.action_hidden(action)
+        names, states, deter, stoch = ("deter", "stoch", "mean", "std"), [], state["deter"], state["stoch"]
+        for t in range(action.shape[1]):
+            deter, hidden = self.step(deter, stoch, action_hidden[:, t])
+            mean, std = self.prior(deter, hidden)
+            stoch = self.sample(mean, std, noise[:, t])
+            states.append((deter, stoch, mean, std))
+        return {key: torch.stack(x, 1) for key, x in zip(names, zip(*states, strict=True), strict=True)}
+
+
+# --- optimiser --------------------------------------------------------------------------------------------------------
+
+
+class Adam:
+    """TensorFlow's Adam after clipping by the global norm: eps is added before the second moment is corrected, which
+    early on makes it up to 30 times as large as in PyTorch's form. For each parameter p with gradient g:
+
+    g <- g min(1, clip / |all g|),  m <- 0.9 m + 0.1 g,  v <- 0.999 v + 0.001 g^2
+    p <- p - lr sqrt(1 - 0.999^t) / (1 - 0.9^t) m / (sqrt(v) + eps)
+
+    Counters live on the device, where a CUDA graph can advance them.
+    """
+
+    def __init__(self, params, args):
+        self.params, self.args = params, args
+        self.momentum, self.mean_square = ([torch.zeros_like(p) for p in params] for _ in range(2))
+        self.count = torch.zeros((), dtype=torch.float64, device=params[0].device)  # t
+
+    @torch.no_grad()
+    def step(self, grads):
+        """grads: one tensor per parameter. -> global gradient norm before clipping, ()."""
+        args, t = self.args, self.count.add_(1)
+        norm = torch.stack(torch._foreach_norm(grads)).square().sum().sqrt()
+        grads = torch._foreach_mul(grads, (args.clip / norm).clamp(max=1))
+        torch._foreach_lerp_(self.momentum, grads, 0.1)
+        torch._foreach_mul_(self.mean_square, 0.999)
+        torch._foreach_addcmul_(self.mean_square, grads, grads, 0.001)
+        scale = torch._foreach_sqrt(self.mean_square)
+        torch._foreach_add_(scale, args.eps)
+        change = torch._foreach_div(self.momentum, scale)
+        rate = args.learning_rate * (1 - 0.999**t).sqrt() / (1 - 0.9**t)
+        torch._foreach_sub_(self.params, torch._foreach_mul(change, rate.float()))
+        return norm
+
+    def state_dict(self):
+        return {"momentum": self.momentum, "mean_square": self.mean_square, "count": self.count}
+
+    def load_state_dict(self, state):
+        for key in ("momentum", "mean_square"):
+            torch._foreach_copy_(getattr(self, key), state[key])
+        self.count.copy_(state["count"])
+
+
+class Captured:
+    """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
+
+    For inputs of new shapes the first three calls run eagerly, while cuDNN and the allocator settle; then the function
+    is captured and only replayed. The next call overwrites the results.
+    """
+
+    def __init__(self, fn, on):
+        self.fn, self.on, self.calls, self.graphs = fn, on, {}, {}
+
+    def __call__(self, inputs):
+        if not self.on:
+            return self.fn(inputs)
+        key = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= 3:  # on a side stream, as capture demands
+            side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                result = self.fn(inputs)
+            main.wait_stream(side)
+            return result
+        if key not in self.graphs:
+            static, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = self.fn(static)
+            self.graphs[key] = static, graph, result
+        static, graph, result = self.graphs[key]
+        for name, x in inputs.items():
+            static[name].copy_(x)
+        graph.replay()
+        return result
+
+
+# --- agent ------------------------------------------------------------------------------------------------------------
+
+
+# DIFFERS(dreamerv3): Agent
+class Agent(nn.Module):
+    """World model and planner.
+
+    obs_space: Dict of uint8 images (H, W, C) and float32 vectors; action_space: Discrete or Box, of one environment.
+    """
+
+    context = 1  # rows before the trained window: they give the first action
+
+    def __init__(self, obs_space, action_space, args):
+        super().__init__()
+        self.args, self.action_space, self.device = args, action_space, pick_device(args)
+        self.discrete = isinstance(action_space, spaces.Discrete)
+        self.action_size = int(action_space.n if self.discrete else np.prod(action_space.shape))  # A
+        self.encoder = Encoder(obs_space, args)
+        self.rssm = RSSM(self.encoder.size, self.action_size, args)
+        size = sum(self.rssm.sizes.values())  # F
+        self.decoder = Decoder(obs_space, size, args)
+        self.reward = nn.Sequential(mlp([size] + 3 * [args.units]), nn.Linear(args.units, 1)).apply(init_weights)
+        self.to(self.device)
+        self.params = list(self.parameters())
+        self.optimizer = Adam(self.params, args)
+        graphs = args.cuda_graph and self.device.type == "cuda"
+        self.captured_step, self.captured_plan = Captured(self.step, graphs), Captured(self.plan, graphs)
+
+    def autocast(self):
+        """One region per use: a weight first cast under no_grad would stay cached there without its gradient."""
+        on = self.args.bf16 and self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.autocast(self.device.type, torch.bfloat16, on)
+
+    def initial(self, B):
+        """State of B environments before their first observation."""
+        return {**self.rssm.initial(B), "action": torch.zeros(B, self.action_size, device=self.device)}
+
+    def onehot(self, index):
+        """(...) -> (..., A) float32; F.one_hot would wait for the device."""
+        return (index[..., None] == torch.arange(self.action_size, device=self.device)).float()
+
+    def action_vector(self, action):
+        """Stored actions to model actions. Discrete: (B, T) -> (B, T, A) one-hot; Box: (B, T, ...) -> (B, T, A)."""
+        return self.onehot(action) if self.discrete else action.flatten(2).float().clamp(-1, 1)
+
+    def played(self, scores):
+        """Planned numbers (..., A) to model actions: clipped; Discrete: one-hot of the largest."""
+        return self.onehot(scores.argmax(-1)) if self.discrete else scores.clamp(-1, 1)
+
+    @torch.no_grad()
+    def act(self, obs, is_first, state, eval=False, random=False):
+        """obs: {key: (N, ...)} arrays or tensors; is_first: (N,); state: of initial, or of the last act.
+
+        -> actions for the vector environment (int64 (N,) or float32 (N, ...)), new state. eval: without noise; random:
+        uniform actions, which the state remembers like any other.
+        """
+        obs = {key: torch.as_tensor(obs[key], device=self.device)[:, None] for key in self.decoder.shapes}
+        is_first = torch.as_tensor(is_first, device=self.device)[:, None]  # (N, 1)
+        with self.autocast():
+            embed = self.encoder(self.encoder.preprocess(obs))
+            post = self.rssm.observe(embed, state["action"][:, None], is_first, state)
+        state = {key: post[key][:, 0] for key in ("deter", "stoch")}
+        if random:
+            scores = 2 * torch.rand_like(state["stoch"][:, :1].expand(-1, self.action_size)) - 1
+        else:
+            scores = self.captured_plan(state)["action"].clone()
+        if not (eval or random):
+            scores += self.args.action_noise * torch.randn_like(scores)
+        vector = self.played(scores)  # (N, A)
+        action = vector.argmax(-1) if self.discrete else vector.view(-1, *self.action_space.shape)
+        return action.cpu().numpy(), {**state, "action": vector}
+
+    def latents(self, state):
+        """Nothing of a state is kept in the replay: windows start from zeros, as in the paper."""
+        return {}
+
+    @torch.no_grad()
+    def plan(self, state):
+        """Algorithm 2 from N states {"deter": (N, D), "stoch": (N, S)}. -> {"action": (N, A)}, the first of each plan.
+
+        Samples of the prior, means of the reward, their plain sum: no discount, no value at the end.
+        """
+        args, N, J = self.args, len(state["stoch"]), self.args.candidates
+        start = {key: x.repeat_interleave(J, 0) for key, x in state.items()}  # J copies of the first, then the second
+
+        def score(plans):  # plans (N, J, H, A) -> returns (N, J)
+            future = self.rssm.imagine(start, self.played(plans).flatten(0, 1))
+            reward = self.reward(self.rssm.feat(future)).float()  # (N*J, H, 1)
+            return reward.sum((1, 2)).view(N, J)
+
+        rounds, top = (1, 1) if args.planner == "shooting" else (args.iterations, args.top)
+        with self.autocast():
+            plan = cem(score, (N, J, args.horizon, self.action_size), rounds, top, state["stoch"])
+        return {"action": plan[:, 0]}
+
+    def overshooting(self, post, action, is_first):
+        """Eq. 7: the KL of predictions d = 2 ... D steps ahead to a fixed posterior. -> ordinary KL's companions, [()].
+
+        post: of RSSM.observe; action: (B, T, A), is_first: (B, T). Predictions that leave the window or the episode are
+        masked, and do not count in the mean.
+        """
+        B, T = is_first.shape
+        state, valid, losses = {key: post[key] for key in ("deter", "stoch")}, torch.ones_like(is_first), []
+        for d in range(1, min(self.args.overshooting, T - 1) + 1):
+            valid = valid[:, :-1] & ~is_first[:, d:]  # (B, T - d)
+            start = {key: x[:, : T - d].flatten(0, 1) for key, x in state.items()}
+            future = self.rssm.imagine(start, action[:, d:].flatten(0, 1)[:, None])
+            state = {key: x.view(B, T - d, -1) for key, x in future.items()}
+            if d > 1:
+                fixed = post["mean"][:, d:].detach(), post["std"][:, d:].detach()
+                loss = kl_loss(fixed, (state["mean"], state["std"]), self.args.free_nats)
+                losses.append((loss * valid).sum() / valid.sum().clamp(min=1))
+        return losses
+
+    def model_losses(self, batch):
+        """Eq. 3 on rows 1..T of T+1, from a zero state; row 0 supplies the action before them.
+
+        -> losses, each (B, T) or (); features (B, T, F); posterior; statistics.
+        """
+        args, is_first = self.args, batch["is_first"][:, 1:]
+        with self.autocast():
+            obs = self.encoder.preprocess({key: batch[key][:, 1:] for key in self.decoder.shapes})
+            action = self.action_vector(batch["action"][:, :-1])  # (B, T, A)
+            post = self.rssm.observe(self.encoder(obs), action, is_first, self.rssm.initial(len(action)))
+            feat = self.rssm.feat(post)  # (B, T, F)
+            recon, reward = self.decoder(feat), self.reward(feat)[..., 0].float()
+        losses = {"reward": (reward - batch["reward"][:, 1:]).square() / 2}
+        for kind, keys in ("image", self.decoder.images), ("vector", self.decoder.vectors):
+            if keys:  # -ln N(x; mean, 1) without its constant: half the squared error, summed
+                losses[kind] = sum((recon[key] - obs[key]).square().flatten(2).sum(2) / 2 for key in keys)
+        pair = (post["mean"], post["std"]), (post["prior_mean"], post["prior_std"])
+        if args.dynamics != "gru":
+            losses["kl"] = kl_loss(*pair, args.free_nats)
+        assert all(loss.shape == feat.shape[:2] for loss in losses.values())
+        if args.overshooting > 1:
+            further = self.overshooting(post, action, is_first)
+            losses["kl"] = (losses["kl"] + sum(further)) / (1 + len(further))
+        stats = {"kl": kl_gaussian(*pair[0], *pair[1]), "post_std": post["std"], "prior_std": post["prior_std"]}
+        return losses, feat, post, {f"stats/{key}": x.detach().mean() for key, x in stats.items()}
+
+    def step(self, batch):
+        """One update, eagerly and without any host sync, so that a CUDA graph can capture it. See update."""
+        losses, _, _, stats = self.model_losses(batch)
+        losses = {key: loss.mean() for key, loss in losses.items()}
+        scales = {"kl": self.args.kl_scale, "reward": self.args.reward_scale}  # the others: 1
+        losses["total"] = sum(scales.get(key, 1.0) * loss for key, loss in losses.items())
+        grads = torch.autograd.grad(losses["total"], self.params, allow_unused=True)  # gru: the prior has none
+        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, grads, strict=True)]
+        stats["stats/grad_norm"] = self.optimizer.step(grads)
+        return {**stats, **{f"losses/{key}": loss.detach() for key, loss in losses.items()}}
+
+    def update(self, batch):
+        """One gradient step on B windows of T+1 rows (Replay.sample). -> statistics, 0-d tensors on the device, which
+        on a GPU the next update overwrites.
+        """
+        return self.captured_step(batch)
+
+
+# === Part 2: plumbing =================================================================================================
+
+
+# SHARED(planet, dreamerv3, gumbel_softmax): fail
+def fail(message):
+    """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# SHARED(planet, dreamerv3, gumbel_softmax): pick_device
+def pick_device(args):
+    """--device; auto takes the first GPU, else the CPU."""
+    cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(args.device if args.device != "auto" else "cuda" if cuda else "cpu")
+        assert device.type in ("cpu", "cuda")
+    except (AssertionError, RuntimeError):
+        fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...")
+    if device.type == "cuda":
+        if not (device.index or 0) < torch.cuda.device_count():
+            fail(f"--device {args.device}: PyTorch {torch.__version__} sees no such CUDA device; allowed: auto, cpu")
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)  # a graph is captured on the current device
+    return device
+
+
+# SHARED(planet, dreamerv3): free_memory
+def free_memory(device):
+    """Bytes that can still be allocated; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
+
+
+# SHARED(planet, dreamerv3): tune
+def tune(args):
+    """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
+    again page by page is half of a CPU update.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: map no block on its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
+    except (OSError, AttributeError):  # another system or C library: only slower
+        pass
+    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")  # medium: oneDNN, float32 without AMX
+    torch.backends.cudnn.allow_tf32 = args.bf16
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.benchmark = not args.torch_deterministic
+
+
+# DIFFERS(dreamerv3): Replay
+class Replay:
+    """Ring buffer of capacity // num_envs rows for each environment; all environments add a row at a time together.
+
+    Windows lie within one episode: an episode is drawn uniformly, then a place in it. An episode shorter than the
+    window is used from its start, and the window runs on into what follows.
+    """
+
+    def __init__(self, capacity, num_envs, obs_space, action_space, device, extras=None):
+        self.length, self.num_envs = capacity // num_envs, num_envs
+        spec = {"reward": ((), torch.float32)}
+        for key, space in {**obs_space.spaces, "action": action_space}.items():
+            spec[key] = space.shape, torch.from_numpy(np.zeros(0, space.dtype)).dtype
+        spec |= {key: ((), torch.bool) for key in ("is_first", "is_last", "is_terminal")}
+        self.row_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in spec.values())
+        size = self.length * num_envs * self.row_bytes
+        if device.type == "cuda" and size > 0.5 * free_memory(device):
+            device = torch.device("cpu")  # the other half of a GPU's memory is for the networks
+        if size > free_memory(device):
+            free = f"free are {free_memory(device) / 2**30:.1f} GiB"
+            fail(f"--buffer-size {capacity}: {capacity:,} rows take {size / 2**30:.1f} GiB, but {free}")
+        shape = self.length, num_envs
+        self.data = {key: torch.zeros(shape + tuple(s), dtype=d, device=device) for key, (s, d) in spec.items()}
+        self.device = device
+        self.rows = 0  # added so far for each environment, kept or not
+        self.starts = [[] for _ in range(num_envs)]  # rows at which the episodes of each environment begin
+        self.files = []  # (first row, end row, name) of what save has written
+
+    def windows(self, T):
+        """Number of windows of T rows that there are to sample from, if episodes did not matter."""
+        return self.num_envs * max(0, min(self.rows, self.length) - T + 1)
+
+    def add(self, row):
+        """row: {key: (num_envs, ...)}, arrays or tensors."""
+        for key, ring in self.data.items():
+            ring[self.rows % self.length] = torch.as_tensor(row[key]).to(self.device)
+        for n in range(self.num_envs):
+            if row["is_first"][n]:
+                self.starts[n].append(self.rows)
+        self.rows += 1
+
+    def sample(self, B, T):
+        """-> {key: (B, T, ...)}, and "index" (B, T). The first row is context: the last T - 1 lie within an episode, if
+        it is long enough. is_last also marks an episode that was abandoned.
+        """
+        oldest = max(0, self.rows - self.length)
+        spans = []  # (environment, first and last possible start of a window with its context)
+        for env, starts in enumerate(self.starts):
+            for first, end in zip(starts, starts[1:] + [self.rows], strict=True):
+                low = max(first - 1, oldest)
+                high = min(max(low, end - T), self.rows - T)
+                if low <= high and end > oldest:
+                    spans.append((env, low, high))
+        if not spans:  # only while the ring holds less than an episode
+            spans = [(env, oldest, self.rows - T) for env in range(self.num_envs)]
+        env, low, high = torch.tensor(spans)[torch.randint(len(spans), (B,))].T  # (B)
+        start = low + (torch.rand(B, dtype=torch.float64) * (high - low + 1)).long()  # (B)
+        index = (start[:, None] + torch.arange(T)) % self.length * self.num_envs + env[:, None]  # (B, T)
+        index = index.to(self.device)  # (B, T)
+        batch = {key: ring.flatten(0, 1)[index] for key, ring in self.data.items()}
+        batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
+        return {**batch, "index": index}
+
+    def state_dict(self):
+        return {"rows": self.rows, "files": self.files}
+
+    def save(self, folder):
+        """Write the rows added since the last call. -> state_dict."""
+        folder.mkdir(exist_ok=True)
+        oldest = max(0, self.rows - self.length)
+        self.files = [file for file in self.files if file[1] > oldest]
+        first = max([oldest] + [end for _, end, _ in self.files])
+        if first < self.rows:
+            a, b = first % self.length, (self.rows - 1) % self.length + 1
+            parts = [slice(a, b)] if a < b else [slice(a, None), slice(0, b)]
+            data = {key: torch.cat([ring[part].cpu() for part in parts]) for key, ring in self.data.items()}
+            self.files.append((first, self.rows, f"rows-{first}-{self.rows}.pt"))
+            save(folder / self.files[-1][2], **data)
+        return self.state_dict()
+
+    def sweep(self, folder):
+        """Delete what the checkpoint does not name: rows that left the ring, and what a crash left behind."""
+        for path in folder.iterdir():
+            if path.name not in {name for _, _, name in self.files}:
+                path.unlink()
+
+    def load(self, folder, state):
+        """Read back what save wrote, into a replay of the same size."""
+        self.rows, self.files = state["rows"], state["files"]
+        for first, end, name in self.files:
+            for key, values in load(folder / name, "cpu").items():
+                self.data[key][torch.arange(first, end) % self.length] = values.to(self.device)
+        oldest = max(0, self.rows - self.length)
+        first = self.data["is_first"][torch.arange(oldest, self.rows) % self.length].cpu()
+        first[:1] = True  # of an episode whose beginning has left the ring
+        self.starts = [(oldest + first[:, n].nonzero()[:, 0]).tolist() for n in range(self.num_envs)]
+        self.sweep(folder)  # only now: a checkpoint that cannot be read deletes nothing
+
+
+# --- environments -----------------------------------------------------------------------------------------------------
+
+
+# SHARED(planet, dreamerv3): DMControl
+class DMControl(gym.Env):
+    """dm_control/<domain>-<task>-v0. Episodes end by time limit (discount still 1): truncated, not terminated."""
+
+    def __init__(self, env_id, obs, repeat=1, size=64):
+        if sys.platform == "linux":
+            os.environ.setdefault("MUJOCO_GL", "egl")  # headless; must be set before the first import
+        self.domain, _, self.task = env_id.removeprefix("dm_control/").removesuffix("-v0").partition("-")
+        self.obs, self.repeat, self.size, self.camera = obs, repeat, size, 2 if self.domain == "quadruped" else 0
+        try:
+            from dm_control import suite
+
+            self.suite = suite
+            first, _ = self.reset(seed=0)
+        except (AttributeError, ImportError, RuntimeError) as error:  # as a rule: no renderer, or no package
+            fail(f"--env-id {env_id}: {error}; allowed: with dm_control and libegl, or MUJOCO_GL=disable")
+        box = lambda x: spaces.Box(*((0, 255) if x.dtype == np.uint8 else (-np.inf, np.inf)), x.shape, x.dtype)
+        self.observation_space = spaces.Dict({key: box(x) for key, x in first.items()})
+        spec = self.env.action_spec()
+        self.action_space = spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
+
+    def observe(self, step):
+        vectors = {key: np.float32(x).reshape(-1) for key, x in step.observation.items() if np.size(x)}
+        return (vectors if self.obs != "image" else {}) | ({"image": self.render()} if self.obs != "vector" else {})
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.env = self.suite.load(self.domain, self.task, task_kwargs={"random": seed})
+        return self.observe(self.env.reset()), {}
+
+    def step(self, action):
+        reward = 0.0
+        for _ in range(self.repeat):  # here rather than in a wrapper: only the last frame is rendered
+            step = self.env.step(action)
+            reward += step.reward or 0.0
+            if step.last():
+                break
+        terminated = step.last() and step.discount == 0
+        return self.observe(step), reward, terminated, step.last() and not terminated, {}
+
+    def render(self):
+        return self.env.physics.render(self.size, self.size, camera_id=self.camera)
+
+
+# SHARED(planet, dreamerv3): adapt
+def adapt(env, args, repeat):
+    """One environment -> Dict of uint8 images (H, W, C) and flat float32 vectors; Box actions clipped to [-1, 1]."""
+    space, action = env.observation_space, env.action_space
+    named = isinstance(space, spaces.Dict)
+    parts = dict(space.spaces) if named else {"image" if is_image(space) else "vector": space}
+    box, flag = isinstance(action, spaces.Box), f"--env-id {args.env_id}"
+    if not (np.isfinite([action.low, action.high]).all() if box else isinstance(action, spaces.Discrete)):
+        fail(f"{flag}: action space {action}; allowed: Discrete, or Box with finite bounds")
+    if not all(part.is_np_flattenable for part in parts.values()):
+        fail(f"{flag}: observation space {space}; allowed: Box, Discrete, or a Dict of such")
+    taken = {"action", "reward", "is_first", "is_last", "is_terminal", "deter", "stoch", "index"}
+    if any(key in taken or "." in key or hasattr(nn.ModuleDict, key) for key in parts):
+        fail(f"{flag}: observation keys {list(parts)}; allowed: no dots, no attributes of nn.ModuleDict, not {taken}")
+    env = gym.wrappers.RepeatAction(env, repeat)
+    if box:
+        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, -1, 1), env.action_space)
+    else:
+        env = gym.wrappers.TransformAction(env, lambda a: a + action.start, spaces.Discrete(action.n))
+
+    flat_space = lambda part: part if is_image(part) else spaces.Box(-np.inf, np.inf, (spaces.flatdim(part),))
+    flatten = lambda part, x: x if is_image(part) else spaces.flatten(part, x).astype(np.float32)
+    as_dict = lambda obs: {key: flatten(part, obs[key] if named else obs) for key, part in parts.items()}
+    space = spaces.Dict({key: flat_space(part) for key, part in parts.items()})
+    return gym.wrappers.TransformObservation(env, as_dict, space)
+
+
+# SHARED(planet, dreamerv3): atari_envs
+def atari_envs(env_id, num_envs, args, **kwargs):
+    """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
+    small = args.atari_protocol == "100k"
+    size = (64, 64, 3) if small else (96, 96, 1)
+    protocol = dict(img_height=size[0], img_width=size[1], grayscale=not small, full_action_space=not small)
+    protocol.update(repeat_action_probability=0.0 if small else 0.25, frameskip=args.action_repeat, stack_num=1)
+    protocol.update(maxpool=True, noop_max=30, episodic_life=False, reward_clipping=False, use_fire_reset=False)
+    envs = gym.make_vec(env_id, num_envs, **{**protocol, **kwargs})
+    single = spaces.Dict({"image": spaces.Box(0, 255, size, np.uint8)})
+    batched = gym.vector.utils.batch_space(single, num_envs)
+    as_dict = lambda obs: {"image": obs.reshape(num_envs, *size)}
+    return gym.wrappers.vector.TransformObservation(envs, as_dict, batched, single)
+
+
+# SHARED(planet, dreamerv3): make_envs
+def make_envs(env_id, num_envs, seed, args):
+    """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
+    family = env_id.split("/")[0]
+    try:
+        kwargs = dict(json.loads(args.env_kwargs))
+    except (ValueError, TypeError):
+        fail(f"--env-kwargs {args.env_kwargs}: allowed: a JSON object, such as '{{\"continuous\": true}}'")
+    if family == "ALE":
+        import ale_py
+
+        gym.register_envs(ale_py)
+
+    def make():
+        if family == "dm_control":
+            return adapt(DMControl(env_id, args.obs, args.action_repeat, **kwargs), args, repeat=1)
+        mode = {"render_mode": "rgb_array"} if args.capture_video else {}  # an environment need not know render_mode
+        return adapt(gym.make(env_id, **mode, **kwargs), args, args.action_repeat)
+
+    try:
+        if family == "ALE":
+            envs = atari_envs(env_id, num_envs, args, **kwargs)
+        else:
+            envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+    except (gym.error.Error, ValueError, TypeError, ImportError) as error:
+        near = difflib.get_close_matches(env_id, gym.registry, 3) if env_id.split(":")[-1] not in gym.registry else []
+        fail(f"--env-id {env_id}: {error}" + (f" Close matches: {', '.join(near)}" if near else ""))
+    sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
+    if len(sizes) > 1 or any(side not in SIDES for size in sizes for side in size):
+        fail(f"--env-id {env_id}: images of {sizes}; allowed: one size, sides among {list(SIDES)}")
+    if args.capture_video and not sizes:
+        try:
+            envs.reset(seed=seed)
+            assert envs.render() is not None, "no picture"
+        except Exception as error:
+            fail(f"--capture-video: {env_id} cannot be rendered here ({error}); allowed: with a renderer installed")
+    envs.action_space.seed(seed)  # reset does not
+    return envs
+
+
+# SHARED(planet, dreamerv3): start_row
+def start_row(envs, seed):
+    """Reset all environments -> their first rows."""
+    obs, _ = envs.reset(seed=seed)
+    no, yes = np.zeros(envs.num_envs, bool), np.ones(envs.num_envs, bool)
+    return {**obs, "reward": np.float32(no), "is_first": yes, "is_last": no, "is_terminal": no}
+
+
+# SHARED(planet, dreamerv3): next_row
+def next_row(envs, action, row):
+    """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
+    obs, reward, terminated, truncated, _ = envs.step(action)
+    ends = {"is_first": row["is_last"], "is_last": terminated | truncated, "is_terminal": terminated}
+    return {**obs, **ends, "reward": reward.astype(np.float32)}
+
+
+# --- pictures, checkpoints, evaluation --------------------------------------------------------------------------------
+
+
+# SHARED(planet, dreamerv3): save_gif
+def save_gif(path, frames, writer=None, step=0):
+    """uint8 (T, H, W, 3) -> animated GIF on disk and in TensorBoard, whose own add_video would need moviepy."""
+    from PIL import Image
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    images = [Image.fromarray(x).quantize(256, method=Image.Quantize.FASTOCTREE) for x in frames]  # 15 x as fast
+    out = io.BytesIO()
+    images[0].save(out, format="GIF", save_all=True, append_images=images[1:], duration=66, loop=0)
+    Path(path).write_bytes(out.getvalue())
+    if writer:
+        size = dict(height=frames.shape[1], width=frames.shape[2], colorspace=3)
+        value = Summary.Value(tag=Path(path).stem, image=Summary.Image(**size, encoded_image_string=out.getvalue()))
+        writer._get_file_writer().add_summary(Summary(value=[value]), step)
+
+
+# SHARED(planet, dreamerv3): picture
+def picture(obs):
+    """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the vectors as gray cells."""
+    images = [obs[key] for key in sorted(obs) if obs[key].dim() == 5]
+    if images:
+        image = images[0].float() * (1 if images[0].dtype == torch.uint8 else 255)
+        return image[..., :1].expand(*image.shape[:-1], 3) if image.shape[-1] < 3 else image[..., :3]
+    cells = torch.cat([obs[key].float() for key in sorted(obs)], -1).sigmoid() * 255
+    return cells.repeat_interleave(16, -1)[..., None, :, None].expand(-1, -1, 32, -1, 3)
+
+
+# SHARED(planet, dreamerv3): film
+def film(video, seen):
+    """(B, T, H, W, 3) -> uint8 (T, 6 + H, B * W, 3): side by side; a bar above is green for seen frames, then red."""
+    B, T, _, W, _ = video.shape
+    bar = torch.zeros(B, T, 6, W, 3, device=video.device)
+    bar[:, :seen, :4, :, 1], bar[:, seen:, :4, :, 0] = 255, 255
+    return torch.cat([bar, video], 2).permute(1, 2, 0, 3, 4).flatten(2, 3).to(torch.uint8).cpu().numpy()
+
+
+# DIFFERS(dreamerv3): open_loop
+@torch.no_grad()
+def open_loop(agent, batch):
+    """What the model knows: up to six windows side by side, with truth, model and error from top to bottom. It observes
+    a quarter (green bar) and predicts the rest from the actions (red). batch: Replay.sample -> uint8 (T, H, W, 3).
+    """
+    batch = {key: x[:6].to(agent.device) for key, x in batch.items()}
+    obs, is_first = {key: batch[key][:, 1:] for key in agent.decoder.shapes}, batch["is_first"][:, 1:]
+    seen = max(1, is_first.shape[1] // 4)
+    with agent.autocast():
+        embed = agent.encoder(agent.encoder.preprocess({key: x[:, :seen] for key, x in obs.items()}))
+        action = agent.action_vector(batch["action"][:, :-1])  # (B, T, A)
+        post = agent.rssm.observe(embed, action[:, :seen], is_first[:, :seen], agent.rssm.initial(len(embed)))
+        last = {key: post[key][:, -1] for key in ("deter", "stoch")}
+        future = agent.rssm.imagine(last, action[:, seen:])
+        feat = torch.cat([agent.rssm.feat(post), agent.rssm.feat(future)], 1)  # (B, T, F)
+        model = picture(shown(agent.decoder(feat)))
+    truth = picture({key: x if x.dtype == torch.uint8 else x.float() for key, x in obs.items()})
+    return film(torch.cat([truth, model, (model - truth + 255) / 2], 2), seen)
+
+
+def shown(recon):
+    """Predicted images, in -0.5 to 0.5, to 0 to 1."""
+    return {key: (x + 0.5).clamp(0, 1) if x.dim() == 5 else x for key, x in recon.items()}
+
+
+# DIFFERS(dreamerv3): dream
+@torch.no_grad()
+def dream(agent, args, steps=45):
+    """Plan and act in imagination, after one real observation of each of 4 environments. -> uint8 (T, H, W, 3)."""
+    envs = make_envs(args.env_id, 4, args.seed, args)
+    row = start_row(envs, args.seed)
+    envs.close()
+    _, state = agent.act(row, row["is_first"], agent.initial(4), random=True)
+    state, feats = {key: state[key] for key in ("deter", "stoch")}, []
+    for _ in range(steps):
+        feats.append(agent.rssm.feat(state))
+        action = agent.played(agent.captured_plan(state)["action"])
+        with agent.autocast():
+            future = agent.rssm.imagine(state, action[:, None])
+        state = {key: future[key][:, 0] for key in ("deter", "stoch")}
+    with agent.autocast():
+        return film(picture(shown(agent.decoder(torch.stack(feats, 1)))), seen=1)
+
+
+# SHARED(planet, dreamerv3): evaluate
+def evaluate(agent, args, episodes, video=None):
+    """Play whole episodes without exploration noise; the random state of training is left as it was.
+
+    -> returns, one per episode. video: path for a GIF of the first environment's first episode.
+    """
+    N = min(episodes, 8)
+    wanted = [episodes // N + (n < episodes % N) for n in range(N)]  # each its share: no bias to short episodes
+    envs, scores, frames = make_envs(args.env_id, N, args.seed, args), [[] for _ in range(N)], []
+    with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
+        torch.manual_seed(args.seed + 1_000)
+        row, state, total = start_row(envs, args.seed + 1_000), agent.initial(N), np.zeros(N)
+        while any(len(score) < share for score, share in zip(scores, wanted, strict=True)):
+            if video and not scores[0]:
+                seen = picture({key: torch.as_tensor(row[key][:1, None]) for key in agent.decoder.shapes})[0, 0]
+                rendered = args.capture_video and not agent.decoder.images
+                frames.append(np.array(envs.render()[0]) if rendered else seen.to(torch.uint8).numpy())
+            action, state = agent.act(row, row["is_first"], state, eval=True)
+            row = next_row(envs, action, row)
+            total = total * ~row["is_first"] + row["reward"]
+            for n in np.flatnonzero(row["is_last"]):
+                scores[n].append(float(total[n]))
+    envs.close()
+    if video:
+        save_gif(video, np.stack(frames))
+    return [score for mine, share in zip(scores, wanted, strict=True) for score in mine[:share]]
+
+
+# SHARED(planet, dreamerv3, gumbel_softmax): save
+def save(path, **state):
+    """Atomic: either the whole new file stands under its name, or still the old one, and nothing beside it."""
+    temporary = Path(path).with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# SHARED(planet, dreamerv3, gumbel_softmax): load
+def load(path, device, need=()):
+    """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        assert all(key in state for key in need), "another kind of file"
+        return state
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        fail(f"{path}: cannot be read ({type(error).__name__}: {text}); allowed: a checkpoint.pt")
+
+
+# SHARED(planet, dreamerv3): merge
+def merge(args, path, saved, free):
+    """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
+
+    device, capture_video and track belong to a call, not to a run: they are not inherited.
+    """
+    if not saved.keys() <= {x.name for x in fields(Args)}:
+        fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
+    saved = {**asdict(Args()), **saved, "device": "auto", "capture_video": False, "track": False}
+    asked = {x.name: getattr(args, x.name) for x in fields(Args) if getattr(args, x.name) != x.default}
+    for name, value in asked.items():
+        if name not in free and value != saved[name]:
+            flags = ", ".join(f"--{x}" for x in free).replace("_", "-")
+            fail(f"--{name.replace('_', '-')} {value}: the run at {path} has {saved[name]}; allowed to change: {flags}")
+    return replace(Args(**saved), **{name: value for name, value in asked.items() if name in free})
+
+
+# SHARED(planet, dreamerv3): restore_weights
+def restore_weights(agent, state, path):
+    """Load a state_dict, or stop with one line where shapes differ."""
+    try:
+        agent.load_state_dict(state)
+    except RuntimeError as error:
+        line = str(error).splitlines()[-1].strip()
+        fail(f"{path}: made for other observations or actions ({line}); allowed: its own environment and version")
+
+
+def upper_bound(args):
+    """--planner true: the planner on copies of the simulator's state, the most that a perfect model would give it.
+
+    -> {"returns"}. Slow: each decision simulates iterations x candidates x horizon x action_repeat steps in Python.
+    """
+    env, returns = DMControl(args.env_id, "vector", args.action_repeat), []
+    low, high = env.action_space.low, env.action_space.high
+    torch.manual_seed(args.seed)
+    for episode in range(args.eval_episodes):
+        env.reset(seed=args.seed + episode)
+        physics, task, total, done = env.env.physics, env.env.task, 0.0, False
+        substeps = round(env.env.control_timestep() / physics.timestep())
+
+        def score(plans, physics=physics, task=task, substeps=substeps):
+            now, sums = physics.get_state(), []
+            for plan in low + (plans[0].numpy() + 1) / 2 * (high - low):
+                physics.set_state(now), physics.forward(), sums.append(0.0)
+                for action in plan.repeat(args.action_repeat, 0):
+                    task.before_step(action, physics)
+                    physics.step(substeps)
+                    sums[-1] += task.get_reward(physics)
+            physics.set_state(now), physics.forward()
+            return torch.tensor([sums])
+
+        while not done:
+            rounds, top = args.iterations, args.top
+            plan = cem(score, (1, args.candidates, args.horizon, len(low)), rounds, top, torch.zeros(1))
+            _, reward, terminated, truncated, _ = env.step(low + (plan[0, 0].numpy() + 1) / 2 * (high - low))
+            total, done = total + reward, terminated or truncated
+        returns.append(total)
+        print(f"episode {episode + 1}: {total:.1f}", flush=True)
+    print(f"{args.env_id}, planner on the simulator: mean {np.mean(returns):.4g} of {len(returns)} episodes")
+    return {"returns": returns}
+
+
+# SHARED(planet, dreamerv3): load_agent
+def load_agent(path, args=None):
+    """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
+    state = load(path, "cpu", need=("args", "agent"))
+    free = ("eval", "dream", "eval_episodes", "seed", "device", "capture_video")
+    args = resolve(merge(args or Args(), path, state["args"], free))
+    envs = make_envs(args.env_id, 1, args.seed, args)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args)
+    envs.close()
+    restore_weights(agent, state["agent"], path)
+    return agent, args
+
+
+# SHARED(planet, dreamerv3): show
+def show(args):
+    """--eval and --dream: print the returns, leave a GIF beside the checkpoint."""
+    path = Path(args.eval or args.dream)
+    folder = path if path.is_dir() else path.parent
+    agent, args = load_agent(path, args)
+    if args.dream:
+        save_gif(folder / "dream.gif", dream(agent, args))
+        print(f"{folder}/dream.gif: the policy in imagination")
+        return {"run_dir": str(folder)}
+    scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
+    print(f"{args.env_id}, {len(scores)} episodes: " + " ".join(f"{score:g}" for score in scores))
+    print(f"mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
+    return {"run_dir": str(folder), "returns": scores}
+
+
+# === Part 3: training =================================================================================================
+
+
+# DIFFERS(dreamerv3): describe
+def describe(args, agent, replay, run_dir):
+    """Say what is about to run, before it takes hours."""
+    gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
+    warning = "CPU  <-- WARNING: no GPU; images will take days" if agent.decoder.images else "CPU (vectors: fine)"
+    gib, place = args.buffer_size * replay.row_bytes / 2**30, "main" if replay.device.type == "cpu" else "GPU"
+    print(f"run       {run_dir}\ndevice    {gpu or warning}; PyTorch {torch.__version__}")
+    print(f"agent     {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
+    print(f"replay    {args.buffer_size:,} rows x {replay.row_bytes / 1024:.1f} KiB = {gib:.1f} GiB of {place} memory")
+    batch = f"{args.batch_size} x {args.batch_length} steps"
+    print(
+        f"training  {args.seed_episodes} random episodes, then {args.collect_interval} updates on {batch} per episode"
+    )
+    plan = f"{args.iterations} x {args.candidates:,} plans of {args.horizon} steps, {args.planner}"
+    print(f"planning  {plan}; episodes collected by {args.collect}; dynamics {args.dynamics}")
+    steps = f"{args.total_timesteps:,} policy steps = {args.total_timesteps * args.action_repeat:,} frames"
+    print(f"length    {steps}", flush=True)
+
+
+# SHARED(planet, dreamerv3): open_writer
+def open_writer(args, run_dir, step):
+    """TensorBoard, mirrored to Weights & Biases with --track."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    if args.track:
+        import wandb
+
+        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name)
+        wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
+    writer = SummaryWriter(run_dir, purge_step=step + 1 if step else None)
+    table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", step)
+    return writer
+
+
+# SHARED(planet, dreamerv3, gumbel_softmax): finite
+def finite(stats):
+    """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
+    update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
+    """
+    values = dict(zip(stats, torch.stack([x.float() for x in stats.values()]).tolist() if stats else [], strict=True))
+    bad = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
+    if bad:
+        raise FloatingPointError(", ".join(bad))
+    return values
+
+
+# SHARED(planet, dreamerv3): record
+def record(writer, args, now, stats, spent, since, replay):
+    """One progress line, and the scalars for TensorBoard. spent: seconds by part; since: time and step of last call.
+
+    On a GPU perf/train_ms is the time to queue updates; the wait until they are done is in perf/act_ms.
+    """
+    steps, seconds = max(1, now["step"] - since[1]), time.time() - since[0]
+    score = np.mean(now["recent"]) if now["recent"] else float("nan")
+    left = max(0, args.total_timesteps - now["step"]) * seconds / steps
+    line = f"step {now['step']:,}/{args.total_timesteps:,}  return {score:.1f}  {steps / seconds:.1f} steps/s"
+    line += f"  updates {now['updates']:,}  loss {stats.get('losses/total', float('nan')):.1f}"
+    print(f"{line}  left {int(left // 3600)}:{int(left % 3600 // 60):02}:{int(left % 60):02}", flush=True)
+    scalars = {**stats, **{f"perf/{key}_ms": 1000 * x / steps for key, x in spent.items()}}
+    scalars |= {"charts/SPS": steps / seconds, "charts/frames": now["step"] * args.action_repeat}
+    scalars |= {"charts/gradient_steps": now["updates"], "charts/replay_rows": replay.rows * args.num_envs}
+    for key, value in scalars.items():
+        writer.add_scalar(key, value, now["step"])
+
+
+# SHARED(planet, dreamerv3): checkpoint
+def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
+    """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint and the files it names."""
+    cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
+    parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now, "state": state}
+    parts |= {"replay": replay.save(run_dir / "replay"), "row": {key: torch.as_tensor(x) for key, x in row.items()}}
+    parts |= {"random": torch.get_rng_state(), "cuda_random": cuda, "args": asdict(args)}
+    save(run_dir / "checkpoint.pt", **parts, source=SOURCE)
+    replay.sweep(run_dir / "replay")
+    writer.flush()
+
+
+# SHARED(planet, dreamerv3): restore
+def restore(saved, args, agent, replay, envs, run_dir):
+    """Bring agent, replay, environments and random state to where the checkpoint was taken. -> now, row, agent state.
+
+    Environments are rebuilt from the seed of their last reset and the actions since then, which lie in the replay.
+    Where that is impossible, takes too long, or gives another observation, new episodes begin instead.
+    """
+    restore_weights(agent, saved["agent"], args.resume)
+    agent.optimizer.load_state_dict(saved["optimizer"])
+    replay.load(run_dir / "replay", saved["replay"])
+    now, state = saved["now"], {key: x.to(agent.device) for key, x in saved["state"].items()}
+    row, began = start_row(envs, now["seed"]), time.time()
+    place = torch.arange(now["seed_row"], replay.rows) % replay.length
+    print(f"resume    {len(place):,} steps of the environments are played again, for 5 minutes at most", flush=True)
+    rebuilt = len(place) <= replay.length
+    for action in replay.data["action"][place].cpu().numpy() if rebuilt else []:
+        row = next_row(envs, action, row)
+        if time.time() - began > 300:
+            rebuilt = False
+            break
+    if not rebuilt or not all(np.array_equal(row[key], saved["row"][key].numpy()) for key in row):
+        print("the environments could not be rebuilt: new episodes begin, the interrupted ones are abandoned")
+        now.update(seed=args.seed + replay.rows, seed_row=replay.rows)
+        now.update(returns=[0.0] * args.num_envs, lengths=[0] * args.num_envs)
+        row = start_row(envs, now["seed"])
+    torch.set_rng_state(saved["random"].cpu())
+    if agent.device.type == "cuda" and saved["cuda_random"] is not None:
+        torch.cuda.set_rng_state(saved["cuda_random"].cpu(), agent.device)
+    return now, row, state
+
+
+# DIFFERS(dreamerv3): learn
+def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
+    """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics.
+
+    row, state: the rows of all environments and the state of the agent before them; now: see train, kept up to date.
+    """
+    rows = args.batch_length + Agent.context
+    stats, since, spent = {}, (time.time(), now["step"]), {"act": 0.0, "train": 0.0, "env": 0.0}
+
+    while now["step"] < args.total_timesteps:
+        times = [time.time()]
+        blind = now["episodes"] < args.seed_episodes or args.collect == "random"
+        action, state = agent.act(row, row["is_first"], state, random=blind)
+        replay.add({**row, "action": action})
+        times.append(time.time())
+        due = args.collect_interval * (now["episodes"] - args.seed_episodes + 1)
+        while now["updates"] < due and replay.windows(rows):
+            batch = replay.sample(args.batch_size, rows)
+            stats = agent.update({key: x.to(agent.device, non_blocking=True) for key, x in batch.items()})
+            now["updates"] += 1
+            if agent.device.type == "cpu":
+                finite(stats)
+        times.append(time.time())
+        before, now["step"] = now["step"], now["step"] + int((~row["is_last"]).sum())  # a reset is no step
+        row = next_row(envs, action, row)
+        for n in range(args.num_envs):
+            now["returns"][n] = now["returns"][n] * (not row["is_first"][n]) + float(row["reward"][n])
+            now["lengths"][n] = 0 if row["is_first"][n] else now["lengths"][n] + 1
+            if row["is_last"][n]:
+                writer.add_scalar("charts/episodic_return", now["returns"][n], now["step"])
+                writer.add_scalar("charts/episodic_length", now["lengths"][n], now["step"])
+                now["recent"] = [*now["recent"], now["returns"][n]][-20:]
+                now["episodes"] += 1
+        times.append(time.time())
+        spent = {key: x + times[i + 1] - times[i] for i, (key, x) in enumerate(spent.items())}
+        done = now["step"] >= args.total_timesteps
+        if time.time() - since[0] > args.log_every or done:
+            record(writer, args, now, finite(stats), spent, since, replay)
+            since, spent = (time.time(), now["step"]), dict.fromkeys(spent, 0.0)
+        if before // args.checkpoint_every < now["step"] // args.checkpoint_every or done:
+            finite(stats)
+            if replay.windows(rows):
+                video = open_loop(agent, replay.sample(6, rows))
+                save_gif(run_dir / "open_loop.gif", video, writer, now["step"])
+            checkpoint(args, run_dir, agent, replay, now, row, state, writer)
+            if args.capture_video:
+                scores = evaluate(agent, args, 1, run_dir / f"episode-{now['step']}.gif")
+                writer.add_scalar("eval/episodic_return", scores[0], now["step"])
+    return finite(stats)
+
+
+# DIFFERS(dreamerv3): train
+def train(args: Args) -> dict:
+    """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
+    modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]
+    if len(modes) > 1:
+        fail(f"{' '.join(modes)}: one of them at a time is allowed")
+    if args.eval or args.dream:
+        return show(args)
+    if args.planner == "true":
+        return upper_bound(resolve(args))
+    saved = load(args.resume, "cpu", need=("args", "agent", "now")) if args.resume else None
+    free = ("resume", "total_timesteps", "device", "checkpoint_every", "log_every", "capture_video", "track")
+    args = resolve(merge(args, args.resume, saved["args"], free) if saved else args)
+    needed = args.num_envs * (args.batch_length + 1)
+    if args.buffer_size // args.num_envs * args.num_envs < needed:
+        fail(f"--buffer-size {args.buffer_size}: a window takes {needed:,} rows; allowed: that many or more")
+    tune(args)
+    for seed in random.seed, np.random.seed, torch.manual_seed:
+        seed(args.seed)
+    envs = make_envs(args.env_id, args.num_envs, args.seed, args)
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    agent = Agent(obs_space, action_space, args)
+    state = agent.initial(args.num_envs)
+    replay = Replay(args.buffer_size, args.num_envs, obs_space, action_space, agent.device)
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.run_root) / name
+    if saved:
+        run_dir = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(saved))
+    except OSError as error:
+        fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
+    describe(args, agent, replay, run_dir)
+    # now: all that a run knows beside weights and replay; seed_row: when the environments were last seeded
+    now = {"step": 0, "updates": 0, "episodes": 0, "seed": args.seed, "seed_row": 0, "recent": []}
+    now |= {"returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
+    if saved:
+        now, row, state = restore(saved, args, agent, replay, envs, run_dir)
+    else:
+        row = start_row(envs, args.seed)
+    writer = open_writer(args, run_dir, now["step"])
+    try:
+        stats = learn(args, agent, replay, envs, row, state, now, writer, run_dir)
+    except Exception as error:
+        last = f"{run_dir} holds the last checkpoint" if (run_dir / "checkpoint.pt").exists() else "no checkpoint yet"
+        raise RuntimeError(f"policy step {now['step']:,}: {type(error).__name__}: {error} ({last})") from error
+    finally:
+        writer.close()  # first: the environments of a broken simulator may raise again
+        envs.close()
+    score = float(np.mean(now["recent"])) if now["recent"] else float("nan")
+    result = {"run_dir": str(run_dir), "global_step": now["step"], "updates": now["updates"], "episodic_return": score}
+    return {**result, **stats}
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, description=__doc__))

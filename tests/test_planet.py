@@ -101,7 +101,7 @@ def test_each_environment_has_its_own_plan(monkeypatch):
     torch.manual_seed(0)
     state = {"deter": torch.zeros(5, 16), "stoch": sign[:, None].expand(-1, 6)}
     action = agent.plan(state)["action"]
-    assert torch.equal(action.sign(), sign[:, None].expand(-1, 2)) and action.abs().min() > 0.5
+    assert torch.equal(action.sign(), sign[:, None].expand(-1, 2)) and action.abs().min() > 0.3
 
 
 def test_planner_flags():

@@ -16,7 +16,7 @@ equation of it, "code" the authors' release in its last state (August 2019).
     python planet.py --collect random --planner shooting  Figure 5: random data, best of 1000 random plans
     python planet.py --resume runs/...                    go on where the last checkpoint stands, replay included
     python planet.py --eval runs/.../checkpoint.pt        play 10 episodes, print the returns, save eval.gif
-    python planet.py --planner true --obs vector          Table 1: the planner on the simulator itself (dm_control)
+    python planet.py --planner true                       Table 1: the planner on the simulator itself (dm_control)
     python planet.py --dream runs/.../checkpoint.pt       plan and act in imagination only, save dream.gif
 
 From Python:
@@ -87,7 +87,9 @@ class Args:
     log_every: float = 10.0  # seconds between progress lines and between records of scalars
     dynamics: Literal["rssm", "ssm", "gru"] = "rssm"  # both paths | stochastic only | deterministic only, Figure 4
     collect: Literal["cem", "random"] = "cem"  # who acts in episodes after the seeds: the planner, or chance
-    planner: Literal["cem", "shooting", "true"] = "cem"  # shooting: no refit, best plan; true: --eval on the simulator
+    planner: Literal["cem", "shooting", "true"] = (
+        "cem"  # shooting: best of one round; true: on the simulator, nothing is learned
+    )
     horizon: int = 12  # H, steps of a plan
     iterations: int | None = None  # refits of the plan's distribution; paper: 10
     candidates: int | None = None  # J, plans per iteration; paper: 1000

@@ -87,9 +87,7 @@ class Args:
     log_every: float = 10.0  # seconds between progress lines and between records of scalars
     dynamics: Literal["rssm", "ssm", "gru"] = "rssm"  # both paths | stochastic only | deterministic only, Figure 4
     collect: Literal["cem", "random"] = "cem"  # who acts in episodes after the seeds: the planner, or chance
-    planner: Literal["cem", "shooting", "true"] = (
-        "cem"  # shooting: best of one round; true: on the simulator, nothing is learned
-    )
+    planner: Literal["cem", "shooting", "true"] = "cem"  # shooting: best of one round; true: in the simulator
     horizon: int = 12  # H, steps of a plan
     iterations: int | None = None  # refits of the plan's distribution; paper: 10
     candidates: int | None = None  # J, plans per iteration; paper: 1000

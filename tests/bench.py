@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Time and memory of dreamerv3.py as a table, nothing asserted: python tests/bench.py [--device cuda] [CASE ...]
+"""Time and memory of the agents as a table, nothing asserted: python tests/bench.py [--device cuda] [CASE ...]
 
 Each case runs in a process of its own, so that its peak memory and its time from start to first update are its own.
 core s is the processor time of all threads per update: pin the process (taskset -c 0) for figures that compare.
 """
 
 import argparse
+import importlib
 import json
 import os
 import pathlib
@@ -32,6 +33,10 @@ CPU = {
     "Pong 1m, 4 steps an update": dict(size="1m", pong=True),
     "checkpoint of 10,000 new rows of 10,000, 12m": dict(size="12m", rows=10_000),
     "checkpoint of 10,000 new rows of 1,000,000, 12m": dict(size="12m", rows=1_000_000),
+    "PlaNet update, 50x50": dict(module="planet"),
+    "PlaNet update, 50x50, small, vectors": dict(module="planet", size="small", shape=VECTOR),
+    "PlaNet plan, 1 environment": dict(module="planet", shape=VECTOR, act=1),
+    "PlaNet plan, small, 1 environment": dict(module="planet", size="small", shape=VECTOR, act=1),
 }
 GPU = {
     f"update {size}, {kind}, {'bf16' if bf16 else 'fp32'}": dict(size=size, shape=shape, bf16=bf16)
@@ -39,6 +44,10 @@ GPU = {
     for kind, shape in (("images", IMAGE), ("vectors", VECTOR))
     for bf16 in (True, False)
 }
+GPU |= {
+    f"PlaNet update, 50x50, {'bf16' if bf16 else 'fp32'}": dict(module="planet", bf16=bf16) for bf16 in (True, False)
+}
+GPU |= {f"PlaNet plan, {n} environments": dict(module="planet", shape=VECTOR, act=n) for n in (1, 16)}
 GPU |= {f"act {size}, {n} environments": dict(size=size, act=n) for size in ("12m", "200m") for n in (1, 16)}
 
 
@@ -53,14 +62,13 @@ def timed(work, wait, budget):
     return 1000 * statistics.median(times), (time.process_time() - cpu) / len(times)
 
 
-def measure(began, device, budget, shape=IMAGE, act=0, pong=False, rows=0, **flags):
+def measure(began, device, budget, module="dreamerv3", shape=IMAGE, act=0, pong=False, rows=0, **flags):
     """One case -> {column: number}. began: when the process was started."""
     import numpy as np
     import torch
     from gymnasium import spaces
 
-    import dreamerv3 as module
-
+    module = importlib.import_module(module)
     if pong:
         with tempfile.TemporaryDirectory() as root:
             flags |= dict(total_timesteps=340, learning_starts=192, log_every=1e9, run_root=root)
@@ -71,7 +79,8 @@ def measure(began, device, budget, shape=IMAGE, act=0, pong=False, rows=0, **fla
     module.tune(args)
     image = len(shape) == 3
     space = spaces.Box(0, 255, shape, np.uint8) if image else spaces.Box(-np.inf, np.inf, shape, np.float32)
-    obs_space, action_space, rng = spaces.Dict(obs=space), spaces.Discrete(6), np.random.default_rng(0)
+    obs_space, rng, model_only = spaces.Dict(obs=space), np.random.default_rng(0), not hasattr(module.Replay, "write")
+    action_space = spaces.Box(-1, 1, (6,)) if model_only else spaces.Discrete(6)
     agent = module.Agent(obs_space, action_space, args)
     wait = torch.cuda.synchronize if agent.device.type == "cuda" else lambda: None
     N = act or 4
@@ -95,13 +104,15 @@ def measure(began, device, budget, shape=IMAGE, act=0, pong=False, rows=0, **fla
         ms, core = timed(work, wait, budget)
         return {"median ms": ms, "core s": core}
     for i in range(80):
-        action, state = agent.act(history[i % 8], history[i % 8]["is_first"], state)
+        blind = {"random": True} if model_only else {}  # no plans, which are slow
+        action, state = agent.act(history[i % 8], history[i % 8]["is_first"], state, **blind)
         replay.add({**history[i % 8], "is_terminal": ends, "action": action, **agent.latents(state)})
 
     def work():
         batch = replay.sample(args.batch_size, args.batch_length + agent.context)
         agent.update(batch)
-        replay.write(batch, agent.context)
+        if not model_only:
+            replay.write(batch, agent.context)
 
     work()
     wait()
@@ -131,7 +142,9 @@ def main():
     import torch
 
     device = torch.cuda.get_device_name() if args.device != "cpu" else f"{len(os.sched_getaffinity(0))} CPU cores"
-    print(f"{device}, PyTorch {torch.__version__}, batch 16 x 64 and images of 64x64x3 unless named otherwise\n")
+    print(
+        f"{device}, PyTorch {torch.__version__}; batch 16 x 64, images of 64x64x3, 6 actions unless named otherwise\n"
+    )
     columns = ["median ms", "core s", "peak GB", "first update s", "agent steps / core s"]
     columns += ["rows MB", "latents MB", "replay GiB"]
     print(f"| case | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")

@@ -13,7 +13,8 @@ equation of it, "code" the authors' release in its last state (August 2019).
     python planet.py --env-id dm_control/cartpole-swingup-v0               train from pixels: 1,000 episodes
     python planet.py --env-id dm_control/cartpole-swingup-v0 --obs vector --size small      a CPU will do
     python planet.py --dynamics ssm                       Figure 4: rssm, ssm (stochastic only), gru (deterministic)
-    python planet.py --collect random --planner shooting  Figure 5: random data, best of 1000 random plans
+    python planet.py --collect random                     Figure 5: random data, the planner in evaluation only
+    python planet.py --planner shooting                   Figure 5: the best of 1000 random plans
     python planet.py --resume runs/...                    go on where the last checkpoint stands, replay included
     python planet.py --eval runs/.../checkpoint.pt        play 10 episodes, print the returns, save eval.gif
     python planet.py --planner true                       Table 1: the planner on the simulator itself (dm_control)
@@ -39,7 +40,9 @@ Differs from the paper, on purpose:
 - Vectors go through two layers of U units on both sides: the paper has pixels only.
 - Discrete actions are no part of the paper: candidates are scores of the actions, the largest is played and modelled.
 - Episodes shorter than a window are used from their start, and the window runs on into the next one.
-- Several environments may collect at once; each finished episode is followed by its 100 updates, as with one.
+- Several environments may collect at once. Each finished episode is followed by its 100 updates, as with one; episodes
+  that are under way can be sampled, and there may be a few more seed episodes.
+- Logged returns are of collected episodes, with noise; the paper's are of noiseless ones: --eval. There is no test set.
 - Episode ends are not modelled, as in the paper: no use where an early end is what matters.
 """
 
@@ -86,7 +89,7 @@ class Args:
     checkpoint_every: int | None = None  # policy steps between checkpoints; 5_000 (debug: 200)
     log_every: float = 10.0  # seconds between progress lines and between records of scalars
     dynamics: Literal["rssm", "ssm", "gru"] = "rssm"  # both paths | stochastic only | deterministic only, Figure 4
-    collect: Literal["cem", "random"] = "cem"  # who acts in episodes after the seeds: the planner, or chance
+    collect: Literal["planner", "random"] = "planner"  # who acts in the episodes after the seeds
     planner: Literal["cem", "shooting", "true"] = "cem"  # shooting: best of one round; true: in the simulator
     horizon: int = 12  # H, steps of a plan
     iterations: int | None = None  # refits of the plan's distribution; paper: 10
@@ -206,7 +209,7 @@ def refit(candidates, returns, top):
 def cem(score, shape, iterations, top, like):
     """Cross-entropy method, Algorithm 2: draw plans, keep the best, fit a normal distribution to them, repeat.
 
-    score: plans (N, J, H, A) in -1 to 1 -> returns (N, J); shape: (N, J, H, A); like: a tensor of the device and type.
+    score: plans (N, J, H, A) in -1 to 1 -> returns (N, J); shape: (N, J, H, A); like: a tensor of the device.
     -> the mean of the last fit (N, H, A). Each of the N problems has candidates of its own. Clipped plans are refitted.
     """
     N, _, H, A = shape
@@ -292,7 +295,7 @@ class Decoder(nn.Module):
             self.linear, parts = nn.Linear(size, channels[0]), []
             for i, kernel in enumerate((5, 5, 6, 6)):
                 parts += [nn.ConvTranspose2d(channels[i], channels[i + 1], kernel, 2), nn.ReLU()]
-            self.convs = nn.Sequential(*parts[:-1])
+            self.convs = nn.Sequential(*parts[:-1]).to(memory_format=torch.channels_last)
         self.apply(init_weights)
 
     def forward(self, feat):
@@ -302,7 +305,9 @@ class Decoder(nn.Module):
             x = self.mlp(feat)
             out = {key: head(x).float() for key, head in self.heads.items()}
         if self.images:
-            x = self.convs(self.linear(feat).flatten(0, 1)[..., None, None]).float()
+            first, x = self.convs[0], self.linear(feat).flatten(0, 1)  # on an image of 1 x 1 a plain product: faster
+            x = F.linear(x, first.weight.flatten(1).T).unflatten(1, (-1, 5, 5)) + first.bias[:, None, None]
+            x = self.convs[1:](x.contiguous(memory_format=torch.channels_last)).float()
             parts = x.permute(0, 2, 3, 1).unflatten(0, feat.shape[:2])
             out.update(zip(self.images, parts.split([self.shapes[key][-1] for key in self.images], -1), strict=True))
         return out
@@ -317,11 +322,11 @@ class GRU(nn.Module):
         super().__init__()
         self.gates, self.cand = nn.Linear(inputs + size, 2 * size), nn.Linear(inputs + size, size)
         self.apply(init_weights)
-        nn.init.ones_(self.gates.bias)
+        nn.init.ones_(self.gates.bias)  # both gates open
 
     def forward(self, x, h):
         """(N, inputs), (N, D) -> (N, D)."""
-        reset, update = self.gates(torch.cat([x, h], -1)).float().sigmoid().chunk(2, -1)
+        reset, update = self.gates(torch.cat([x, h.to(x.dtype)], -1)).float().sigmoid().chunk(2, -1)
         cand = self.cand(torch.cat([x, (reset * h).to(x.dtype)], -1)).float().tanh()
         return torch.lerp(cand, h, update)
 
@@ -358,12 +363,12 @@ class RSSM(nn.Module):
         self.known = 2 * S if self.ssm else D  # what the posterior sees beside the embedding
         self.inputs = nn.Linear(S + action_size, U)
         if not self.ssm:
-            self.cell, self.prior_hidden = GRU(U, D), nn.Linear(D, U)
+            self.prior_hidden = nn.Linear(D, U)
         self.prior_out, self.post_out = Normal(U, S, args.min_std), Normal(U, S, args.min_std)
         self.post_hidden = nn.Linear(self.known + embed_size, U)
         self.apply(init_weights)
         if not self.ssm:
-            nn.init.ones_(self.cell.gates.bias)  # both gates open: a new network remembers
+            self.cell = GRU(U, D)  # which has its own initial weights
 
     def initial(self, B):
         """Zeros: {"deter": (B, D), "stoch": (B, S)}."""
@@ -373,13 +378,19 @@ class RSSM(nn.Module):
         """[s, h]: (..., S), (..., D) -> (..., F)."""
         return torch.cat([state["stoch"], state["deter"]], -1)
 
-    def action_hidden(self, action):
-        """The action's part of the input layer, for all steps at once. (..., A) -> (..., U)."""
-        return F.linear(action, self.inputs.weight[:, self.args.stoch :], self.inputs.bias)
+    def split_inputs(self, action):
+        """The input layer in two: the weight of the latents (U, S), and for all steps at once the actions' part of its
+        result. action: (..., A) -> (..., U).
+        """
+        weight_stoch, weight_action = self.inputs.weight.split([self.args.stoch, action.shape[-1]], 1)
+        action_hidden = F.linear(action, weight_action, self.inputs.bias)
+        return weight_stoch.to(action_hidden.dtype), action_hidden  # cast once: autocast would cast it at each step
 
-    def step(self, deter, stoch, action_hidden):
-        """(N, D), (N, S), (N, U) -> next deter (N, D), and what the prior is read from (N, U) or, in the SSM, is."""
-        x = F.relu(F.linear(stoch.to(action_hidden.dtype), self.inputs.weight[:, : self.args.stoch]) + action_hidden)
+    def step(self, deter, stoch, weight_stoch, action_hidden):
+        """(N, D), (N, S), (U, S), (N, U) -> next deter (N, D), and in the SSM the hidden layer (N, U) that its prior is
+        read from, else None.
+        """
+        x = F.relu(F.linear(stoch.to(action_hidden.dtype), weight_stoch) + action_hidden)
         return (deter, x) if self.ssm else (self.cell(x, deter), None)
 
     def prior(self, deter, hidden=None):
@@ -400,12 +411,14 @@ class RSSM(nn.Module):
         """
         keep = 1 - is_first.float()  # (B, T)
         noise = torch.randn(*is_first.shape, self.args.stoch, device=embed.device) if noise is None else noise
-        action_hidden = self.action_hidden(action * keep[..., None])  # (B, T, U)
+        weight_stoch, action_hidden = self.split_inputs(action * keep[..., None])
         weight_known, weight_embed = self.post_hidden.weight.split([self.known, embed.shape[-1]], 1)
         embed_hidden = F.linear(embed, weight_embed, self.post_hidden.bias)  # (B, T, U)
+        weight_known = weight_known.to(embed.dtype)
         deter, stoch, states = state["deter"], state["stoch"], []
         for t in range(is_first.shape[1]):
-            deter, hidden = self.step(deter * keep[:, t, None], stoch * keep[:, t, None], action_hidden[:, t])
+            deter, stoch = deter * keep[:, t, None], stoch * keep[:, t, None]
+            deter, hidden = self.step(deter, stoch, weight_stoch, action_hidden[:, t])
             prior = self.prior(deter, hidden) if self.ssm else ()
             known = torch.cat(prior, -1) if self.ssm else deter
             mean, std = self.post_out(F.relu(F.linear(known.to(embed.dtype), weight_known) + embed_hidden[:, t]))
@@ -423,10 +436,10 @@ class RSSM(nn.Module):
         -> {"deter": (N, H, D), "stoch", "mean", "std": (N, H, S)}, the states after each action.
         """
         noise = torch.randn(*action.shape[:2], self.args.stoch, device=action.device) if noise is None else noise
-        action_hidden = self.action_hidden(action)
+        weight_stoch, action_hidden = self.split_inputs(action)
         names, states, deter, stoch = ("deter", "stoch", "mean", "std"), [], state["deter"], state["stoch"]
         for t in range(action.shape[1]):
-            deter, hidden = self.step(deter, stoch, action_hidden[:, t])
+            deter, hidden = self.step(deter, stoch, weight_stoch, action_hidden[:, t])
             mean, std = self.prior(deter, hidden)
             stoch = self.sample(mean, std, noise[:, t])
             states.append((deter, stoch, mean, std))
@@ -480,11 +493,13 @@ class Captured:
     """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
 
     For inputs of new shapes the first three calls run eagerly, while cuDNN and the allocator settle; then the function
-    is captured and only replayed. The next call overwrites the results.
+    is captured and only replayed. The next call overwrites the results. What else the function reads, such as flags, is
+    frozen at capture; each shape keeps a graph of its own.
     """
 
     def __init__(self, fn, on):
         self.fn, self.on, self.calls, self.graphs = fn, on, {}, {}
+        self.side = torch.cuda.Stream() if on else None
 
     def __call__(self, inputs):
         if not self.on:
@@ -492,11 +507,11 @@ class Captured:
         key = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= 3:  # on a side stream, as capture demands
-            side, main = torch.cuda.Stream(), torch.cuda.current_stream()
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
+            main = torch.cuda.current_stream()
+            self.side.wait_stream(main)
+            with torch.cuda.stream(self.side):
                 result = self.fn(inputs)
-            main.wait_stream(side)
+            main.wait_stream(self.side)
             return result
         if key not in self.graphs:
             static, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
@@ -573,7 +588,7 @@ class Agent(nn.Module):
             post = self.rssm.observe(embed, state["action"][:, None], is_first, state)
         state = {key: post[key][:, 0] for key in ("deter", "stoch")}
         if random:
-            scores = 2 * torch.rand_like(state["stoch"][:, :1].expand(-1, self.action_size)) - 1
+            scores = 2 * torch.rand(len(embed), self.action_size, device=self.device) - 1
         else:
             scores = self.captured_plan(state)["action"].clone()
         if not (eval or random):
@@ -581,10 +596,6 @@ class Agent(nn.Module):
         vector = self.played(scores)  # (N, A)
         action = vector.argmax(-1) if self.discrete else vector.view(-1, *self.action_space.shape)
         return action.cpu().numpy(), {**state, "action": vector}
-
-    def latents(self, state):
-        """Nothing of a state is kept in the replay: windows start from zeros, as in the paper."""
-        return {}
 
     @torch.no_grad()
     def plan(self, state):
@@ -606,7 +617,7 @@ class Agent(nn.Module):
         return {"action": plan[:, 0]}
 
     def overshooting(self, post, action, is_first):
-        """Eq. 7: the KL of predictions d = 2 ... D steps ahead to a fixed posterior. -> ordinary KL's companions, [()].
+        """Eq. 7: the KL of predictions d = 2 ... --overshooting steps ahead to a fixed posterior. -> [() for each d].
 
         post: of RSSM.observe; action: (B, T, A), is_first: (B, T). Predictions that leave the window or the episode are
         masked, and do not count in the mean.
@@ -627,7 +638,7 @@ class Agent(nn.Module):
     def model_losses(self, batch):
         """Eq. 3 on rows 1..T of T+1, from a zero state; row 0 supplies the action before them.
 
-        -> losses, each (B, T) or (); features (B, T, F); posterior; statistics.
+        -> losses, each (B, T); features (B, T, F); posterior; statistics.
         """
         args, is_first = self.args, batch["is_first"][:, 1:]
         with self.autocast():
@@ -636,6 +647,7 @@ class Agent(nn.Module):
             post = self.rssm.observe(self.encoder(obs), action, is_first, self.rssm.initial(len(action)))
             feat = self.rssm.feat(post)  # (B, T, F)
             recon, reward = self.decoder(feat), self.reward(feat)[..., 0].float()
+            further = self.overshooting(post, action, is_first) if args.overshooting > 1 else []
         losses = {"reward": (reward - batch["reward"][:, 1:]).square() / 2}
         for kind, keys in ("image", self.decoder.images), ("vector", self.decoder.vectors):
             if keys:  # -ln N(x; mean, 1) without its constant: half the squared error, summed
@@ -644,8 +656,7 @@ class Agent(nn.Module):
         if args.dynamics != "gru":
             losses["kl"] = kl_loss(*pair, args.free_nats)
         assert all(loss.shape == feat.shape[:2] for loss in losses.values())
-        if args.overshooting > 1:
-            further = self.overshooting(post, action, is_first)
+        if further:  # the mean over distances, of which the ordinary KL is the first
             losses["kl"] = (losses["kl"] + sum(further)) / (1 + len(further))
         stats = {"kl": kl_gaussian(*pair[0], *pair[1]), "post_std": post["std"], "prior_std": post["prior_std"]}
         return losses, feat, post, {f"stats/{key}": x.detach().mean() for key, x in stats.items()}
@@ -729,7 +740,7 @@ class Replay:
     window is used from its start, and the window runs on into what follows.
     """
 
-    def __init__(self, capacity, num_envs, obs_space, action_space, device, extras=None):
+    def __init__(self, capacity, num_envs, obs_space, action_space, device):
         self.length, self.num_envs = capacity // num_envs, num_envs
         spec = {"reward": ((), torch.float32)}
         for key, space in {**obs_space.spaces, "action": action_space}.items():
@@ -747,6 +758,7 @@ class Replay:
         self.device = device
         self.rows = 0  # added so far for each environment, kept or not
         self.starts = [[] for _ in range(num_envs)]  # rows at which the episodes of each environment begin
+        self.cached = None, None  # rows and T of the spans, spans
         self.files = []  # (first row, end row, name) of what save has written
 
     def windows(self, T):
@@ -757,26 +769,32 @@ class Replay:
         """row: {key: (num_envs, ...)}, arrays or tensors."""
         for key, ring in self.data.items():
             ring[self.rows % self.length] = torch.as_tensor(row[key]).to(self.device)
-        for n in range(self.num_envs):
-            if row["is_first"][n]:
-                self.starts[n].append(self.rows)
         self.rows += 1
+        for starts, is_first in zip(self.starts, row["is_first"], strict=True):
+            if is_first:
+                starts.append(self.rows - 1)
+            while len(starts) > 1 and starts[1] <= self.rows - self.length:
+                starts.pop(0)  # the whole episode has left the ring
+
+    def spans(self, T):
+        """Where windows can begin: environment, first and last possible row of each episode. -> (episodes, 3)"""
+        if self.cached[0] != (self.rows, T):  # 100 updates may follow one row
+            oldest, spans = max(0, self.rows - self.length), []
+            for env, starts in enumerate(self.starts):
+                for first, end in zip(starts, starts[1:] + [self.rows], strict=True):
+                    low = max(first - 1, oldest)
+                    high = min(max(low, end - T), self.rows - T)
+                    if low <= high:
+                        spans.append((env, low, high))
+            self.cached = (self.rows, T), torch.tensor(spans)
+        return self.cached[1]
 
     def sample(self, B, T):
         """-> {key: (B, T, ...)}, and "index" (B, T). The first row is context: the last T - 1 lie within an episode, if
         it is long enough. is_last also marks an episode that was abandoned.
         """
-        oldest = max(0, self.rows - self.length)
-        spans = []  # (environment, first and last possible start of a window with its context)
-        for env, starts in enumerate(self.starts):
-            for first, end in zip(starts, starts[1:] + [self.rows], strict=True):
-                low = max(first - 1, oldest)
-                high = min(max(low, end - T), self.rows - T)
-                if low <= high and end > oldest:
-                    spans.append((env, low, high))
-        if not spans:  # only while the ring holds less than an episode
-            spans = [(env, oldest, self.rows - T) for env in range(self.num_envs)]
-        env, low, high = torch.tensor(spans)[torch.randint(len(spans), (B,))].T  # (B)
+        spans = self.spans(T)
+        env, low, high = spans[torch.randint(len(spans), (B,))].T  # (B)
         start = low + (torch.rand(B, dtype=torch.float64) * (high - low + 1)).long()  # (B)
         index = (start[:, None] + torch.arange(T)) % self.length * self.num_envs + env[:, None]  # (B, T)
         index = index.to(self.device)  # (B, T)
@@ -1137,7 +1155,7 @@ def upper_bound(args):
 
     -> {"returns"}. Slow: each decision simulates iterations x candidates x horizon x action_repeat steps in Python.
     """
-    env, returns = DMControl(args.env_id, "vector", args.action_repeat), []
+    env, returns = make_envs(args.env_id, 1, args.seed, replace(args, obs="vector")).envs[0].unwrapped, []
     low, high = env.action_space.low, env.action_space.high
     torch.manual_seed(args.seed)
     for episode in range(args.eval_episodes):
@@ -1146,14 +1164,19 @@ def upper_bound(args):
         substeps = round(env.env.control_timestep() / physics.timestep())
 
         def score(plans, physics=physics, task=task, substeps=substeps):
-            now, sums = physics.get_state(), []
+            now, warm, sums = physics.get_state(), physics.data.qacc_warmstart.copy(), []  # of the contact solver
+
+            def rewind():
+                physics.set_state(now), physics.forward()
+                physics.data.qacc_warmstart[:] = warm
+
             for plan in low + (plans[0].numpy() + 1) / 2 * (high - low):
-                physics.set_state(now), physics.forward(), sums.append(0.0)
+                rewind(), sums.append(0.0)
                 for action in plan.repeat(args.action_repeat, 0):
                     task.before_step(action, physics)
                     physics.step(substeps)
                     sums[-1] += task.get_reward(physics)
-            physics.set_state(now), physics.forward()
+            rewind()
             return torch.tensor([sums])
 
         while not done:
@@ -1212,8 +1235,8 @@ def describe(args, agent, replay, run_dir):
     print(
         f"training  {args.seed_episodes} random episodes, then {args.collect_interval} updates on {batch} per episode"
     )
-    plan = f"{args.iterations} x {args.candidates:,} plans of {args.horizon} steps, {args.planner}"
-    print(f"planning  {plan}; episodes collected by {args.collect}; dynamics {args.dynamics}")
+    plan = f"{1 if args.planner == 'shooting' else args.iterations} x {args.candidates:,} plans of {args.horizon} steps"
+    print(f"planning  {plan}; episodes collected: {args.collect}; dynamics {args.dynamics}")
     steps = f"{args.total_timesteps:,} policy steps = {args.total_timesteps * args.action_repeat:,} frames"
     print(f"length    {steps}", flush=True)
 
@@ -1353,8 +1376,9 @@ def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
                 video = open_loop(agent, replay.sample(6, rows))
                 save_gif(run_dir / "open_loop.gif", video, writer, now["step"])
             checkpoint(args, run_dir, agent, replay, now, row, state, writer)
-            if args.capture_video:
-                scores = evaluate(agent, args, 1, run_dir / f"episode-{now['step']}.gif")
+            if args.capture_video or args.collect == "random":  # whose training returns say nothing of the planner
+                path = run_dir / f"episode-{now['step']}.gif" if args.capture_video else None
+                scores = evaluate(agent, args, 1, path)
                 writer.add_scalar("eval/episodic_return", scores[0], now["step"])
     return finite(stats)
 

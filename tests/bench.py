@@ -84,15 +84,16 @@ def measure(began, device, budget, module="dreamerv3", shape=IMAGE, act=0, pong=
     agent = module.Agent(obs_space, action_space, args)
     wait = torch.cuda.synchronize if agent.device.type == "cuda" else lambda: None
     N = act or 4
-    latents = {key: (x.shape[1:], x.dtype) for key, x in agent.latents(agent.initial(N)).items()}
+    latents = getattr(agent, "latents", lambda state: {})  # what the replay keeps of a state, if anything
+    extras = [] if model_only else [{key: (x.shape[1:], x.dtype) for key, x in latents(agent.initial(N)).items()}]
     if rows:
-        replay = module.Replay(rows, 1, obs_space, action_space, torch.device("cpu"), latents)
+        replay = module.Replay(rows, 1, obs_space, action_space, torch.device("cpu"), *extras)
         replay.rows, replay.files = rows, [(0, rows - 10_000, "rows")]
         with tempfile.TemporaryDirectory() as folder:
             replay.save(pathlib.Path(folder))
             sizes = {path.name.split("-")[0]: path.stat().st_size / 1e6 for path in pathlib.Path(folder).iterdir()}
         return {"rows MB": sizes["rows"], "latents MB": sizes["extras"], "replay GiB": rows * replay.row_bytes / 2**30}
-    replay = module.Replay(1000 * N, N, obs_space, action_space, agent.device, latents)
+    replay = module.Replay(1000 * N, N, obs_space, action_space, agent.device, *extras)
     state, ends = agent.initial(N), np.zeros(N, bool)
     history = []
     for i in range(8):
@@ -106,7 +107,7 @@ def measure(began, device, budget, module="dreamerv3", shape=IMAGE, act=0, pong=
     for i in range(80):
         blind = {"random": True} if model_only else {}  # no plans, which are slow
         action, state = agent.act(history[i % 8], history[i % 8]["is_first"], state, **blind)
-        replay.add({**history[i % 8], "is_terminal": ends, "action": action, **agent.latents(state)})
+        replay.add({**history[i % 8], "is_terminal": ends, "action": action, **latents(state)})
 
     def work():
         batch = replay.sample(args.batch_size, args.batch_length + agent.context)

@@ -83,7 +83,7 @@ def experience(module, env_id="Tiny-both-discrete-v0", rows=40, num_envs=2, **fl
     latents = getattr(agent, "latents", lambda state: {})  # what the file keeps of a state, if anything
     row, state = module.start_row(envs, args.seed), agent.initial(num_envs)
     extras = {key: (x.shape[1:], x.dtype) for key, x in latents(state).items()}
-    replay = module.Replay(1000, num_envs, obs_space, action_space, agent.device, extras)
+    replay = module.Replay(1000, num_envs, obs_space, action_space, agent.device, *([extras] if extras else []))
     for _ in range(rows):
         action, state = agent.act(row, row["is_first"], state)
         replay.add({**row, "action": action, **latents(state)})
@@ -333,6 +333,8 @@ def test_update_never_waits_for_the_host(module, action):
     agent.update({key: x.clone() for key, x in batch.items()})
     with Functions(), Operations():
         agent.step(batch)
+        if hasattr(agent, "plan"):
+            agent.plan(agent.rssm.initial(2))
     assert found == set()
 
 
@@ -477,7 +479,8 @@ EXTRAS = {"memory": ((3,), torch.bfloat16)}
 
 def numbered(module, rows, capacity=60, num_envs=3, replay=None):
     """A replay whose observations say environment and row; environment n ends an episode every 5 + n rows."""
-    replay = replay or module.Replay(capacity, num_envs, SPACE, spaces.Discrete(9), CPU, EXTRAS)
+    extras = [EXTRAS] if hasattr(module.Replay, "write") else []
+    replay = replay or module.Replay(capacity, num_envs, SPACE, spaces.Discrete(9), CPU, *extras)
     env = np.arange(num_envs)
     for t in range(replay.rows, replay.rows + rows):
         vector = np.float32(np.stack([env, np.full(num_envs, t)], -1))

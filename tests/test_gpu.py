@@ -6,7 +6,7 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from test_common import AGENTS, experience, short, window
+from test_common import AGENTS, experience, known, short, window
 
 pytestmark = pytest.mark.gpu
 
@@ -19,7 +19,8 @@ def module(request):
 def updated(module, updates=8, **flags):
     """-> statistics of every update, and the weights after them, of an agent on the GPU."""
     _, replay = experience(module)  # on the CPU, so that all variants see the same rows
-    args = module.resolve(module.Args(env_id="Tiny-both-discrete-v0", size="debug", device="cuda", warmup=1, **flags))
+    flags = known(module, dict(env_id="Tiny-both-discrete-v0", size="debug", device="cuda", warmup=1, **flags))
+    args = module.resolve(module.Args(**flags))
     envs = module.make_envs(args.env_id, 1, 0, args)
     torch.manual_seed(0)
     agent = module.Agent(envs.single_observation_space, envs.single_action_space, args)
@@ -36,7 +37,7 @@ def updated(module, updates=8, **flags):
 def test_graph_equals_eager(module, bf16):
     """A captured update goes on where the eager ones stopped: finite, and as close as other random numbers allow."""
     (eager, _), (graph, after) = (updated(module, bf16=bf16, cuda_graph=on) for on in (False, True))
-    for key in ("losses/total", "losses/image", "losses/dyn", "losses/critic"):
+    for key in {"losses/total", "losses/image", "losses/dyn", "losses/kl", "losses/critic"} & eager[0].keys():
         a, b = (np.array([stats[key] for stats in history]) for history in (eager, graph))
         assert np.allclose(a[:3], b[:3], rtol=1e-2, atol=1e-3) and np.allclose(a, b, rtol=0.1, atol=0.05), (key, a, b)
     assert all(torch.isfinite(p).all() for p in after)
@@ -57,5 +58,22 @@ def test_replay_in_main_memory(module, tmp_path, monkeypatch):
     real = module.free_memory
     monkeypatch.setattr(module, "free_memory", lambda device: 0 if device.type == "cuda" else real(device))
     result = module.train(short(module, "Tiny-both-discrete-v0", tmp_path, device="cuda"))
-    saved = module.load(next((tmp_path / result["run_dir"]).glob("replay/extras*")), "cpu")
-    assert torch.isfinite(saved["deter"].float()).all() and saved["deter"].float().std() > 0
+    saved = module.load(next((tmp_path / result["run_dir"]).glob("replay/*")), "cpu")
+    key = "deter" if "deter" in saved else "vector"
+    assert torch.isfinite(saved[key].float()).all() and saved[key].float().std() > 0
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_captured_plans(on):
+    """planet: plans for 1, 8 and again 1 environments, captured each, are drawn anew and follow the weights."""
+    module = importlib.import_module("planet")
+    args = module.resolve(module.Args(env_id="Pendulum-v1", size="debug", device="cuda", cuda_graph=on))
+    envs = module.make_envs(args.env_id, 1, 0, args)
+    agent, plans = module.Agent(envs.single_observation_space, envs.single_action_space, args), []
+    for N in [1] * 6 + [8] * 6 + [1] * 6:
+        plans.append(agent.captured_plan(agent.rssm.initial(N))["action"].clone())
+        assert plans[-1].shape == (N, 1) and torch.isfinite(plans[-1]).all() and plans[-1].abs().max() <= 1
+    assert not any(torch.equal(a, b) for a, b in zip(plans, plans[1:], strict=False) if a.shape == b.shape)
+    for p in agent.reward.parameters():
+        p.data.zero_()
+    assert torch.isfinite(agent.captured_plan(agent.rssm.initial(1))["action"]).all()

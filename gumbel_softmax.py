@@ -1164,11 +1164,8 @@ def batches(count, size, step, seed, device="cpu"):
 
 def learn(args, agent, data, now, writer, run_dir):
     """The loop, until total_steps. now: step, curve and seconds so far, kept up to date. -> the last statistics."""
-    order, stats, since = (
-        batches(len(data["train"]), args.batch_size, now["step"], args.seed, agent.device),
-        {},
-        time.time(),
-    )
+    order = batches(len(data["train"]), args.batch_size, now["step"], args.seed, agent.device)
+    stats, since = {}, time.time()
     while now["step"] < args.total_steps:
         temperature = anneal(now["step"], args)
         images = data["train"][next(order)].float()
@@ -1207,11 +1204,7 @@ def train(args: Args, run_dir=None) -> dict:
 
     run_dir: a folder of the caller's, instead of a new one in args.run_root.
     """
-    modes = [
-        f"--{name.replace('_', '-')}"
-        for name in ("resume", "eval", "bench", "table1", "control")
-        if getattr(args, name)
-    ]
+    modes = [f"--{name}" for name in ("resume", "eval", "bench", "table1", "control") if getattr(args, name)]
     if len(modes) > 1:
         fail(f"{' '.join(modes)}: one of them at a time is allowed")
     if args.eval:

@@ -279,7 +279,7 @@ def test_losses_fall_on_one_batch(module, action):
     """Updates on one batch again and again: all figures finite, what is reconstructed fits several times better."""
     agent, replay = experience(module, f"Tiny-both-{action}-v0", learning_rate=3e-3, warmup=1)
     batch = window(module, agent, replay)
-    history = [agent.update({key: x.clone() for key, x in batch.items()}) for _ in range(50)]
+    history = [agent.update({key: x.clone() for key, x in batch.items()}) for _ in range(100)]
     table = {key: [float(stats[key]) for stats in history] for key in history[0]}
     assert all(np.isfinite(values).all() for values in table.values())
     factors = {"image": 4, "vector": 4, "reward": 2, "cont": 2}

@@ -9,7 +9,7 @@ import os
 import re
 from dataclasses import fields
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -618,8 +618,8 @@ def test_init_layers():
 
 def meta_agent(size, action_space, **obs):
     """Agent of a published size without memory."""
-    with torch.device("meta"):
-        return make_agent(d3.resolve(d3.Args(size=size, device="meta")), action_space, **obs)
+    with torch.device("meta"), patch.object(d3, "pick_device", lambda args: torch.device("meta")):
+        return make_agent(d3.resolve(d3.Args(size=size)), action_space, **obs)
 
 
 def count(module):

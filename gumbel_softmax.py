@@ -41,7 +41,7 @@ Differs from the paper, on purpose:
 - Fixed binarisation is a draw of our own (seed 1234); the historic files are another draw of the same distribution.
 - Variance normalisation divides the whole signal of REINFORCE, the KL included: dividing only the reconstruction makes
   the KL win, and the posterior collapses to the prior.
-- DARN without variance normalisation: its signals are of the order of a nat, where max(1, deviation) does nothing.
+- DARN has no variance normalisation; the paper's has.
 - Slope annealing scales the backward pass only; the sampled probability keeps slope 1.
 - Table 1 has the same numbers for annealed ST and ST Gumbel-softmax in both VAE rows; Figure 4 has 111.1 and 103.1.
 """
@@ -174,6 +174,11 @@ def exponential(like):
     return -torch.rand_like(like).clamp_(min=1e-12).log_()
 
 
+def gumbel(like):
+    """Gumbel(0) noise: -ln of Exp(1) noise."""
+    return -exponential(like).log()
+
+
 def onehot_max(x):
     """One-hot of the arg-max over the last axis, which must be contiguous, or arg-max is slow. (..., K) -> (..., K)."""
     x = x.detach().contiguous()
@@ -241,7 +246,7 @@ def gumbel_softmax(logits, temperature, noise=None):
     at every temperature. Bias O(temperature), variance O(1 / temperature). Cost: 1 forward, 1 backward.
     noise: Gumbel noise, drawn here if None.
     """
-    noise = -exponential(logits).log() if noise is None else noise
+    noise = gumbel(logits) if noise is None else noise
     return softmax((logits + noise) / temperature)
 
 
@@ -262,7 +267,7 @@ def decoupled_st_gs(logits, temperature, forward=0.1, noise=None):
     forward = temperature is gumbel_softmax; forward -> 0 is st_gumbel_softmax. A nearly hard forward pass needs little
     annealing, a soft backward pass has little variance. Biased. Cost: 1 forward, 1 backward.
     """
-    noise = -exponential(logits).log() if noise is None else noise
+    noise = gumbel(logits) if noise is None else noise
     return straight_through(softmax((logits + noise) / forward).detach(), softmax((logits + noise) / temperature))
 
 
@@ -429,7 +434,7 @@ def rebar(layers, f, temperature=0.5, strength=1.0):
     and strength s, here constants where the paper learns them. Cost: 3 forward, 3 backward.
     """
     logp = log_softmax(layers[0](None))
-    u = logp - exponential(logp).log()
+    u = logp + gumbel(logp)
     z = onehot_max(u)
     y, y_given_z = softmax(u / temperature), softmax(conditional_gumbel(logp, z) / temperature)
     _, slope = value_and_slope(f, y)
@@ -878,9 +883,8 @@ def restore_weights(agent, state, path):
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     state = load(path, "cpu", need=("args", "agent", "now"))
-    args = resolve(
-        merge(args or Args(), path, state["args"], ("eval", "device", "data", "eval_samples", "eval_images"))
-    )
+    free = ("eval", "device", "data", "eval_samples", "eval_images")
+    args = resolve(merge(args or Args(), path, state["args"], free))
     agent = Agent(args)
     restore_weights(agent, state["agent"], path)
     return agent, args

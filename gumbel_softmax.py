@@ -185,7 +185,6 @@ def onehot_max(x):
     return torch.zeros_like(x).scatter_(-1, x.argmax(-1, keepdim=True), 1.0)
 
 
-# DIFFERS(dreamerv3): sample_onehot
 def sample_onehot(logp, copies=()):
     """Sample a categorical exactly, by inversion: a uniform number per variable, compared with the cumulative sums.
 
@@ -199,7 +198,7 @@ def sample_onehot(logp, copies=()):
     return z
 
 
-# SHARED(dreamerv3, gumbel_softmax): straight_through
+# SHARED(dreamerv2, dreamerv3, gumbel_softmax): straight_through
 def straight_through(onehot, probs):
     """The value of the sample with the gradient of the probabilities (Bengio et al. 2013). Both (..., K)."""
     return onehot + (probs - probs.detach())  # with other parentheses the sum is off one-hot by rounding
@@ -210,7 +209,7 @@ def zero(x):
     return x - x.detach()
 
 
-# SHARED(dreamerv3, gumbel_softmax): kl_categorical
+# SHARED(dreamerv2, dreamerv3, gumbel_softmax): kl_categorical
 def kl_categorical(logp, logq):
     """KL(p || q) in nats of S independent categoricals. Log-probabilities (..., S, K) -> (...)."""
     return (logp.exp() * (logp - logq)).sum((-2, -1))
@@ -674,14 +673,14 @@ class Agent(nn.Module):
 # === Part 2: plumbing =================================================================================================
 
 
-# SHARED(planet, dreamerv3, gumbel_softmax): fail
+# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): fail
 def fail(message):
     """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-# SHARED(planet, dreamerv3, gumbel_softmax): pick_device
+# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): pick_device
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
     cuda = torch.cuda.is_available()
@@ -829,7 +828,7 @@ def paper(args):
     return row[PAPER.index(args.estimator)] if row and args.estimator in PAPER else None
 
 
-# SHARED(planet, dreamerv3, gumbel_softmax): save
+# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): save
 def save(path, **state):
     """Atomic: either the whole new file stands under its name, or still the old one, and nothing beside it."""
     temporary = Path(path).with_suffix(".tmp")
@@ -843,7 +842,7 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
-# SHARED(planet, dreamerv3, gumbel_softmax): load
+# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): load
 def load(path, device, need=()):
     """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
@@ -1143,7 +1142,7 @@ def control(args):
 # === Part 3: training =================================================================================================
 
 
-# SHARED(planet, dreamerv3, gumbel_softmax): finite
+# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): finite
 def finite(stats):
     """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
     update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.

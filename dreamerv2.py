@@ -1,0 +1,1587 @@
+# SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch==2.13.0", "numpy", "gymnasium>=1.3", "ale-py", "dm_control", "mujoco>=3.17,<4", "tyro", "tensorboard",
+# ]
+# ///
+"""DreamerV2: learn a world model with discrete latents, and an actor and a critic purely from its imagination.
+
+Paper: Hafner et al., "Mastering Atari with Discrete World Models", arXiv 2010.02193 (ICLR 2021). "Eq. n" is an equation
+of it, "Table" its hyperparameter table D.1, "code" the authors' release in its last state (May 2022).
+
+    python dreamerv2.py --env-id ALE/Pong-v5              train with the code's last settings: 5M policy steps
+    python dreamerv2.py --env-id ALE/Pong-v5 --size atari                      the paper's: 12.5 times the replay
+    python dreamerv2.py --env-id dm_control/walker-walk-v0                     from pixels; --obs vector: from states
+    python dreamerv2.py --env-id CartPole-v1              any other environment: size small, a CPU will do
+    python dreamerv2.py --resume runs/...                 go on where the last checkpoint stands, replay included
+    python dreamerv2.py --eval runs/.../checkpoint.pt     play 10 episodes, print the returns, save eval.gif
+    python dreamerv2.py --dream runs/.../checkpoint.pt    the policy rolled out in imagination only, save dream.gif
+
+Ablations of Table 2: --no-gru-norm, --no-reward-grad, --latent gaussian, --kl-balance 0.5, --rho 0, --no-image-grad.
+
+From Python:
+    import dreamerv2
+    args = dreamerv2.Args(env_id="CartPole-v1", size="debug", device="cpu")
+    result = dreamerv2.train(args)
+    agent, args = dreamerv2.load_agent(result["run_dir"])
+    print(dreamerv2.evaluate(agent, args, episodes=10))
+
+Symbols in shapes: B sequences of a batch, T steps trained on, H imagination horizon, N = B*T start states (in acting:
+the environments), A action size, E embedding, D deterministic state, S latent variables, K classes of each, Z = S*K,
+F = Z + D features, U hidden units.
+
+A row of experience holds obs_t, the reward that arrived with it, is_first, is_last, is_terminal, and the action chosen
+after seeing obs_t. The model at row t thus sees obs[t] and action[t-1]; at is_first it forgets both state and action.
+
+Where sources disagree:
+- rho weighs REINFORCE in Eq. 6: 1 for Atari, 0 for continuous control. A lecture has it reversed. The code's variable
+  weighs the other side; "annealed from 0.1 to 0" in the paper speaks of that one.
+- The discount of Atari is 0.999, in the text and in every released configuration; 0.995 in the table only.
+- Atari's reward comes with the state it leads to, and a return begins with the reward of its own state. The code then
+  pairs an action with V_{t+1} - v_t, the paper with V_t - v_t: --advantage.
+- One update per 4 policy steps (paper, --size atari); the code counts so that it is one per 16 (--size atari-fast).
+
+Differs from paper and code, on purpose:
+- Size atari-fast by default, and 5M policy steps of it. ALE's vector environment resizes by area like the code's.
+- Episodes shorter than a window, which the code drops, are used from their start, and the window runs on into the next
+  one. Windows begin without a state, as in the code, but the paper's keep their first action.
+- Before an episode has finished, what there is of it can be sampled; afterwards finished episodes only, as in the code.
+- An Atari episode cut at 108,000 frames bootstraps, as every time-out does here.
+- --schedules follows the number of updates, not of steps; actions are stopped in the REINFORCE part, as elsewhere.
+- Without layer norm the GRU cell keeps its form; in the paper's ablation it was another cell.
+"""
+
+import copy
+import ctypes
+import difflib
+import importlib.util
+import io
+import json
+import os
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from gymnasium import spaces
+from torch import nn
+
+SOURCE = Path(__file__).read_text(encoding="utf-8")  # goes into every checkpoint: the code that really ran
+
+
+Size = Literal["auto", "debug", "small", "atari", "atari-fast", "dmc-vision", "dmc-proprio", "crafter"]
+
+
+@dataclass
+class Args:
+    env_id: str = "ALE/Pong-v5"  # ALE/*, dm_control/<domain>-<task>-v0, or any gymnasium id (module:Id too)
+    env_kwargs: str = "{}"  # arguments for the environment, as JSON
+    num_envs: int = 1  # environments stepped together; code: 1
+    action_repeat: int | None = None  # frames per policy step; Atari 4, dm_control 2, else 1
+    atari_protocol: Literal["100k", "200m"] = "200m"  # 64x64 RGB, minimal actions | 64x64 gray, all 18, sticky 0.25
+    obs: Literal["vector", "image", "both"] = "image"  # dm_control only: state vectors, 64x64 camera, or both
+    seed: int = 1  # of weights, sampling and environments
+    size: Size = "auto"  # networks, losses, schedule; auto: atari-fast for ALE, dmc-* for dm_control, else small
+    total_timesteps: int | None = None  # policy steps of all environments together; by --size, as all that says None
+    batch_size: int | None = None  # B, sequences per update; Table: 50, code: 16
+    batch_length: int | None = None  # T, steps per sequence; Table: 50
+    train_every: float | None = None  # policy steps per update; Table: 4, code: 16 (Atari), 5
+    prefill: int | None = None  # random policy steps before the first update; code: 50_000 (Atari), 1000 (dm_control)
+    pretrain: int | None = None  # updates after the first, before the next step; code: 1, dm_control 100
+    buffer_size: int | None = None  # replay rows; 9/8 of total_timesteps, at most 2_000_000, Table
+    checkpoint_every: int | None = None  # policy steps between checkpoints
+    log_every: float = 10.0  # seconds between progress lines and between records of scalars
+    imag_horizon: int = 15  # H, Table
+    gamma: float | None = None  # discount; Atari 0.999, dm_control 0.99
+    lam: float = 0.95  # lambda of the returns, Table
+    rho: float | None = None  # Eq. 6: 1 REINFORCE, 0 dynamics backpropagation; by default 1 for Discrete, 0 for Box
+    schedules: bool = False  # anneal rho 0.9 -> 1 and the entropy scale 3e-3 -> 3e-4 over 2.5M steps: first release
+    advantage: Literal["paper", "code"] | None = None  # V_t - v_t | V_{t+1} - slow v_t; Atari as the paper, else code
+    entropy_scale: float | None = None  # Eq. 6; Atari 1e-3, dm_control 1e-4
+    slow_every: int = 100  # updates between copies of the critic to the slow critic, Table
+    learning_rate: float | None = None  # of the world model; Atari 2e-4
+    actor_learning_rate: float | None = None  # Atari 4e-5
+    critic_learning_rate: float | None = None  # Atari 1e-4
+    eps: float = 1e-5  # of Adam, added as TensorFlow does; Table
+    clip: float = 100.0  # largest global gradient norm, Table
+    weight_decay: float = 1e-6  # share of every parameter lost per update, whatever the learning rate; Table
+    kl_scale: float | None = None  # Eq. 2; Atari 0.1, dm_control 1
+    kl_balance: float = 0.8  # share of the KL that trains the prior, Algorithm 2; 0.5: the plain KL
+    free_nats: float | None = None  # a KL below this, on average, is not optimised; 0, dm_control 1
+    cont_scale: float | None = None  # of the loss of the discount predictor; 0: there is none. Atari 5; code
+    tanh_reward: bool | None = None  # squash rewards before they are predicted; Atari True
+    ends: bool | None = None  # favour windows at the ends of episodes, 51-fold; Atari True; code
+    latent: Literal["categorical", "gaussian"] = "categorical"  # Table 2
+    gru_norm: bool = True  # layer norm in the GRU cell, Table 2
+    norm: bool | None = None  # layer norm in all other layers; crafter True; code
+    image_grad: bool = True  # what is reconstructed shapes the latents, Table 2
+    reward_grad: bool = True  # predicted rewards shape the latents, Table 2
+    stoch: int | None = None  # S; Table: 32
+    classes: int | None = None  # K; Table: 32
+    deter: int | None = None  # D; Table: 600
+    hidden: int | None = None  # U inside the RSSM; Table: 600
+    units: int | None = None  # U of the heads and of vectors; Table: 400
+    depth: int | None = None  # channels of the first convolution; Table: 48
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    bf16: bool = True  # bfloat16 products and convolutions on a GPU; products only on a CPU with AMX
+    cuda_graph: bool = True  # replay the whole update as one CUDA graph on a GPU
+    torch_deterministic: bool = False  # ask cuDNN for deterministic kernels
+    exp_name: str = Path(__file__).stem  # names the run
+    run_root: str = "runs"  # folder of the run folders
+    resume: str | None = None  # run folder or checkpoint to go on from
+    eval: str | None = None  # run folder or checkpoint to evaluate
+    eval_episodes: int = 10  # episodes of --eval
+    dream: str | None = None  # run folder or checkpoint to roll out in imagination, as dream.gif
+    capture_video: bool = False  # GIF of an episode at each checkpoint; agents that see only vectors: as rendered
+    track: bool = False  # mirror TensorBoard to Weights & Biases (after: pip install wandb)
+    wandb_project_name: str = "cleandream"  # with --track
+    wandb_entity: str | None = None  # with --track
+
+
+def rates(model, actor, critic):
+    """Learning rates."""
+    return dict(learning_rate=model, actor_learning_rate=actor, critic_learning_rate=critic)
+
+
+CODE = dict(total_timesteps=1_000_000, batch_size=16, batch_length=50, train_every=5.0, prefill=10_000, pretrain=1)
+CODE |= dict(checkpoint_every=50_000, gamma=0.99, entropy_scale=2e-3, advantage="code", **rates(1e-4, 8e-5, 2e-4))
+CODE |= dict(kl_scale=1.0, free_nats=0.0, cont_scale=1.0, tanh_reward=True, ends=True, norm=False)
+CODE |= dict(stoch=32, classes=32, deter=1024, hidden=1024, units=400, depth=48)
+FAST = dict(total_timesteps=5_000_000, train_every=16.0, prefill=50_000, gamma=0.999, entropy_scale=1e-3, kl_scale=0.1)
+FAST |= dict(cont_scale=5.0, deter=600, hidden=600, **rates(2e-4, 4e-5, 1e-4))
+ATARI = {**FAST, "total_timesteps": 50_000_000, "batch_size": 50, "train_every": 4.0, "advantage": "paper"}
+DMC = dict(prefill=1000, pretrain=100, entropy_scale=1e-4, free_nats=1.0, cont_scale=0.0, tanh_reward=False, ends=False)
+DMC |= dict(total_timesteps=500_000, checkpoint_every=10_000, deter=200, hidden=200, **rates(3e-4, 8e-5, 8e-5))
+CRAFTER = dict(gamma=0.999, entropy_scale=3e-3, norm=True, **rates(1e-4, 1e-4, 1e-4))
+SMALL = dict(total_timesteps=50_000, prefill=1000, tanh_reward=False, checkpoint_every=10_000, stoch=16, classes=16)
+SMALL |= dict(deter=128, hidden=128, units=128, depth=16, **rates(1e-3, 3e-4, 3e-4))
+DEBUG = dict(total_timesteps=400, batch_size=4, batch_length=8, train_every=8.0, prefill=64, checkpoint_every=200)
+DEBUG |= dict(stoch=8, classes=8, deter=32, hidden=32, units=32, depth=4, tanh_reward=False)
+SIZES = {"debug": DEBUG, "small": SMALL, "atari": ATARI, "atari-fast": FAST, "dmc-vision": DMC, "dmc-proprio": DMC}
+SIZES |= {"crafter": CRAFTER}
+SIDES = (64,)  # of images: the transposed convolutions end at 64
+
+
+# DIFFERS(planet, dreamerv3): resolve
+def resolve(args: Args) -> Args:
+    """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
+
+    Stops with exit code 2 where flags are impossible or contradict each other.
+    """
+    family = args.env_id.split("/")[0]
+    if args.size == "auto":
+        dmc = "dmc-proprio" if args.obs == "vector" else "dmc-vision"
+        args = replace(args, size={"ALE": "atari-fast", "dm_control": dmc}.get(family, "small"))
+    preset = {**CODE, **SIZES[args.size]}
+    args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
+    rows = min(args.total_timesteps * 9 // 8, 2_000_000)  # an eighth for the rows of resets
+    derived = {"action_repeat": {"ALE": 4, "dm_control": 2}.get(family, 1), "buffer_size": rows}
+    args = replace(args, **{key: value for key, value in derived.items() if getattr(args, key) is None})
+    positive = ["num_envs", "action_repeat", "total_timesteps", "batch_size", "train_every", "buffer_size", "stoch"]
+    positive += ["checkpoint_every", "slow_every", "eval_episodes", "classes", "deter", "hidden", "units", "depth"]
+    for name, least in {**dict.fromkeys(positive, 0), "batch_length": 1, "imag_horizon": 1}.items():
+        if getattr(args, name) <= least:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than {least}")
+    for name in "prefill", "pretrain":
+        if getattr(args, name) < 0:
+            fail(f"--{name} {getattr(args, name)}: allowed: 0 or more")
+    for name in "rho", "kl_balance":
+        if not 0 <= (getattr(args, name) or 0) <= 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: 0 to 1")
+    if args.schedules and args.rho is not None:
+        fail(f"--rho {args.rho}: --schedules anneals it; allowed: one of them")
+    for name, only in ("obs", "dm_control"), ("atari_protocol", "ALE"):
+        if getattr(args, name) != getattr(Args, name) and family != only:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: with --env-id {only}/... only")
+    if args.track and not importlib.util.find_spec("wandb"):
+        fail("--track: Weights & Biases is missing; allowed after: pip install wandb")
+    return args
+
+
+# === Part 1: the algorithm ============================================================================================
+
+
+# SHARED(dreamerv2, dreamerv3): sample_onehot
+def sample_onehot(logp, noise=None):
+    """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
+
+    logp: (..., K) log-probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
+    """
+    noise = torch.rand_like(logp).log_().neg_() if noise is None else noise
+    index = (logp.detach().exp() / noise).argmax(-1, keepdim=True)
+    return torch.zeros_like(logp).scatter_(-1, index, 1.0)
+
+
+# SHARED(dreamerv2, dreamerv3, gumbel_softmax): straight_through
+def straight_through(onehot, probs):
+    """The value of the sample with the gradient of the probabilities (Bengio et al. 2013). Both (..., K)."""
+    return onehot + (probs - probs.detach())  # with other parentheses the sum is off one-hot by rounding
+
+
+# SHARED(dreamerv2, dreamerv3, gumbel_softmax): kl_categorical
+def kl_categorical(logp, logq):
+    """KL(p || q) in nats of S independent categoricals. Log-probabilities (..., S, K) -> (...)."""
+    return (logp.exp() * (logp - logq)).sum((-2, -1))
+
+
+# SHARED(planet, dreamerv2): kl_gaussian
+def kl_gaussian(mean, std, mean2, std2):
+    """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
+    return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)
+
+
+# DIFFERS(planet, dreamerv3): kl_loss
+def kl_loss(post, prior, free_nats, balance):
+    """Algorithm 2: balance KL(sg(post) || prior) + (1 - balance) KL(post || sg(prior)), the mean over steps -> ().
+
+    post, prior: log-probabilities (..., S, K) alone, or mean and deviation (..., S). The prior learns faster than the
+    posterior is pulled towards it. free_nats bounds the mean from below; at balance 0.5, which is no balancing but the
+    plain KL in the code, each step.
+    """
+    kl = kl_categorical if len(post) == 1 else kl_gaussian
+    if balance == 0.5:
+        return kl(*post, *prior).clamp(min=free_nats).mean()
+    fixed_post, fixed_prior = ([x.detach() for x in dist] for dist in (post, prior))
+    dyn = kl(*fixed_post, *prior).mean().clamp(min=free_nats)
+    rep = kl(*post, *fixed_prior).mean().clamp(min=free_nats)
+    return balance * dyn + (1 - balance) * rep
+
+
+# DIFFERS(dreamerv3): lambda_return
+def lambda_return(reward, value, disc, lam):
+    """Eq. 4: V_t = r_t + disc_t ((1 - lam) v_{t+1} + lam V_{t+1}), with V_H = v_H.
+
+    reward, value, disc: (..., H+1), index t is what belongs to state t -> (..., H). DreamerV3's begin with r_{t+1}.
+    """
+    returns = [value[..., -1]]
+    for t in range(value.shape[-1] - 2, -1, -1):
+        returns.append(reward[..., t] + disc[..., t] * ((1 - lam) * value[..., t + 1] + lam * returns[-1]))
+    return torch.stack(returns[:0:-1], -1)
+
+
+# DIFFERS(dreamerv3): actor_loss
+def actor_loss(logp, entropy, returns, baseline, weight, rho, entropy_scale):
+    """Eq. 6: -w_t (rho ln pi(a_t|z_t) sg(V_t - v_t) + (1 - rho) V_t + eta H_t). All (N, H-1) -> (N, H-1).
+
+    The first part scores the actions taken, without bias; the second, of low variance, follows the gradient of the
+    return through the learned dynamics back to the actions, past discrete samples with straight-through gradients.
+    """
+    objective = rho * logp * (returns - baseline).detach() + (1 - rho) * returns
+    return -weight.detach() * (objective + entropy_scale * entropy)
+
+
+# DIFFERS(dreamerv3): critic_loss
+def critic_loss(value, returns, weight):
+    """Eq. 5: w_t (v_t - sg(V_t))^2 / 2. All (N, H) -> (N, H)."""
+    return weight.detach() * (value - returns.detach()).square() / 2
+
+
+def truncated_mass(mean, std):
+    """The normal distribution's probability below -1 and below 1. (...) -> (...), (...)."""
+    return torch.special.ndtr((-1 - mean) / std), torch.special.ndtr((1 - mean) / std)
+
+
+def truncated_icdf(u, mean, std):
+    """Where N(mean, std), cut off at -1 and 1, has the probability u below it. (...) -> (...)."""
+    low, high = truncated_mass(mean, std)
+    return mean + std * torch.special.ndtri(low + u * (high - low))
+
+
+def truncated_sample(u, mean, std):
+    """The same value, a little within the bounds, with the code's gradient: that of mean + std e at a fixed e, as if
+    there were no bounds. The exact one, of truncated_icdf, shrinks where mean moves against a bound. (...) -> (...).
+    """
+    noise = ((truncated_icdf(u, mean, std) - mean) / std).detach()
+    sample = mean + std * noise
+    return sample + (sample.clamp(-1 + 1e-6, 1 - 1e-6) - sample).detach()
+
+
+def truncated_logp(x, mean, std):
+    """ln of the density at x. (...) -> (...)."""
+    low, high = truncated_mass(mean, std)
+    return -((x - mean) / std).square() / 2 - (std * np.sqrt(2 * np.pi) * (high - low)).log()
+
+
+def truncated_entropy(mean, std):
+    """In nats. (...) -> (...)."""
+    (low, high), a, b = truncated_mass(mean, std), (-1 - mean) / std, (1 - mean) / std
+    edges = a * (-a.square() / 2).exp() - b * (-b.square() / 2).exp()
+    return (np.sqrt(2 * np.pi * np.e) * std * (high - low)).log() + edges / (2 * np.sqrt(2 * np.pi) * (high - low))
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+# SHARED(planet, dreamerv2): init_weights
+def init_weights(module):
+    """Glorot-uniform weights, biases 0, as TensorFlow's layers."""
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def layer_norm(size, on=True):
+    """Keras' layer norm, or nothing."""
+    return nn.LayerNorm(size, eps=1e-3) if on else nn.Identity()
+
+
+# DIFFERS(planet, dreamerv3): mlp
+def mlp(inputs, units, layers, norm):
+    """layers x (Linear, layer norm where asked for, ELU)."""
+    sizes = [inputs] + layers * [units]
+    parts = [(nn.Linear(a, b), layer_norm(b, norm), nn.ELU()) for a, b in zip(sizes, sizes[1:], strict=False)]
+    return nn.Sequential(*[module for part in parts for module in part])
+
+
+# SHARED(planet, dreamerv2, dreamerv3): is_image
+def is_image(space):
+    """uint8 of rank 3 goes to the convolutions, everything else to the MLP."""
+    return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
+
+
+# DIFFERS(planet, dreamerv3): Encoder
+class Encoder(nn.Module):
+    """Observations -> embedding. Images: 4 x (4x4 convolution of stride 2, ELU): 64, 31, 14, 6, 2 wide. Vectors: 4."""
+
+    def __init__(self, obs_space, args):
+        super().__init__()
+        self.images = sorted(key for key, space in obs_space.items() if is_image(space))
+        self.vectors = sorted(key for key in obs_space if key not in self.images)
+        self.size = args.units if self.vectors else 0  # E
+        if self.vectors:
+            self.mlp = mlp(sum(obs_space[key].shape[0] for key in self.vectors), args.units, 4, args.norm)
+        if self.images:
+            depths = [sum(obs_space[key].shape[-1] for key in self.images)] + [m * args.depth for m in (1, 2, 4, 8)]
+            self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, 2) for a, b in zip(depths, depths[1:], strict=False))
+            self.convs.to(memory_format=torch.channels_last)
+            self.norms = nn.ModuleList(layer_norm(depth, args.norm) for depth in depths[1:])
+            self.size += 2 * 2 * depths[-1]
+        self.apply(init_weights)
+
+    def preprocess(self, obs):
+        """{key: (B, T, ...)} -> what the model sees and predicts: images in -0.5 to 0.5; vectors as they are."""
+        return {key: x / 255 - 0.5 if key in self.images else x.float() for key, x in obs.items()}
+
+    def forward(self, obs):
+        """Preprocessed {key: (B, T, ...)} -> (B, T, E)."""
+        tokens = []
+        if self.vectors:
+            tokens.append(self.mlp(torch.cat([obs[key] for key in self.vectors], -1)))
+        if self.images:
+            image = torch.cat([obs[key] for key in self.images], -1)
+            x = image.flatten(0, 1).permute(0, 3, 1, 2)  # channels-last memory: the permutes move no data
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                x = F.elu(norm(conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+            tokens.append(x.permute(0, 2, 3, 1).reshape(*image.shape[:2], -1))
+        return torch.cat(tokens, -1)
+
+
+# DIFFERS(planet, dreamerv3): Decoder
+class Decoder(nn.Module):
+    """Features -> means of unit-variance normals. Images: linear, then 4 transposed convolutions: 1, 5, 13, 30, 64."""
+
+    def __init__(self, obs_space, size, args):
+        super().__init__()
+        self.shapes = {key: space.shape for key, space in obs_space.items()}
+        self.images = sorted(key for key, space in obs_space.items() if is_image(space))
+        self.vectors = sorted(key for key in obs_space if key not in self.images)
+        if self.vectors:
+            self.mlp = mlp(size, args.units, 4, args.norm)
+            self.heads = nn.ModuleDict({key: nn.Linear(args.units, self.shapes[key][0]) for key in self.vectors})
+        if self.images:
+            depths = [m * args.depth for m in (32, 4, 2, 1)] + [sum(self.shapes[key][-1] for key in self.images)]
+            self.linear, kernels = nn.Linear(size, depths[0]), (5, 5, 6, 6)
+            self.convs = nn.ModuleList(nn.ConvTranspose2d(*depths[i : i + 2], k, 2) for i, k in enumerate(kernels))
+            self.convs.to(memory_format=torch.channels_last)
+            self.norms = nn.ModuleList(layer_norm(depth, args.norm) for depth in depths[1:-1])
+        self.apply(init_weights)
+
+    def forward(self, feat):
+        """(B, T, F) -> {key: (B, T, ...) float32}."""
+        out = {}
+        if self.vectors:
+            x = self.mlp(feat)
+            out = {key: head(x).float() for key, head in self.heads.items()}
+        if self.images:
+            first, x = self.convs[0], self.linear(feat).flatten(0, 1)  # on an image of 1 x 1 a plain product: faster
+            x = F.linear(x, first.weight.permute(2, 3, 1, 0).flatten(0, 2)).unflatten(1, (5, 5, -1)) + first.bias
+            for norm, conv in zip(self.norms, self.convs[1:], strict=True):
+                x = conv(F.elu(norm(x)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # between layers: (N, H, W, C)
+            parts = x.float().unflatten(0, feat.shape[:2])
+            out.update(zip(self.images, parts.split([self.shapes[key][-1] for key in self.images], -1), strict=True))
+        return out
+
+
+# DIFFERS(dreamerv3): Head
+class Head(nn.Module):
+    """MLP of 4 layers with a linear output: (..., F) -> (..., outputs), float32."""
+
+    def __init__(self, inputs, outputs, args):
+        super().__init__()
+        self.mlp, self.out = mlp(inputs, args.units, 4, args.norm), nn.Linear(args.units, outputs)
+        self.apply(init_weights)
+
+    def forward(self, feat):
+        return self.out(self.mlp(feat)).float()
+
+
+# DIFFERS(dreamerv3): Actor
+class Actor(Head):
+    """The policy. An action is a vector of size A: one-hot for Discrete, numbers in -1 to 1 for Box."""
+
+    def __init__(self, inputs, action_space, args):
+        discrete = isinstance(action_space, spaces.Discrete)
+        size = int(action_space.n if discrete else np.prod(action_space.shape))
+        super().__init__(inputs, size, args)
+        self.discrete, self.size = discrete, size  # size: A
+        if not discrete:
+            self.std_out = nn.Linear(args.units, size).apply(init_weights)
+
+    def dist(self, feat):
+        """(..., F) -> discrete: (log-probabilities,); Box: (mean, std between 0.1 and 2.1). Each (..., A)."""
+        x = self.mlp(feat)
+        if self.discrete:
+            return (self.out(x).float().log_softmax(-1),)
+        return self.out(x).float().tanh(), 2 * (self.std_out(x).float() / 2).sigmoid() + 0.1
+
+    def sample(self, feat):
+        """-> action (..., A), with a gradient: straight-through, or that of truncated_sample."""
+        dist = self.dist(feat)
+        if self.discrete:
+            return straight_through(sample_onehot(*dist), dist[0].exp())
+        return truncated_sample(torch.rand_like(dist[0]), *dist)
+
+    def mode(self, feat):
+        """-> the most likely action (..., A)."""
+        mean = self.dist(feat)[0]
+        return torch.zeros_like(mean).scatter_(-1, mean.argmax(-1, keepdim=True), 1.0) if self.discrete else mean
+
+    def log_prob(self, dist, action):
+        """dist: of the method above; action: (..., A) -> (...), in nats."""
+        return ((dist[0] * action) if self.discrete else truncated_logp(action, *dist)).sum(-1)
+
+    def entropy(self, dist):
+        """-> (...), in nats."""
+        return (-dist[0] * dist[0].exp() if self.discrete else truncated_entropy(*dist)).sum(-1)
+
+
+# DIFFERS(planet): GRU
+class GRU(nn.Module):
+    """r, c, u = layer norm(W [x, h]), h' = h + sigmoid(u - 1) (tanh(sigmoid(r) c) - h). The norm is one over all three
+    parts, the reset gate comes after the product, and the -1 makes a new network remember.
+    """
+
+    def __init__(self, inputs, size, norm):
+        super().__init__()
+        self.gates, self.norm = nn.Linear(inputs + size, 3 * size), layer_norm(3 * size, norm)
+        self.apply(init_weights)
+
+    def forward(self, x, h):
+        """(N, inputs), (N, D) -> (N, D)."""
+        reset, cand, update = self.norm(self.gates(torch.cat([x, h.to(x.dtype)], -1)).float()).chunk(3, -1)
+        return torch.lerp(h, torch.tanh(reset.sigmoid() * cand), (update - 1).sigmoid())
+
+
+# --- world model ------------------------------------------------------------------------------------------------------
+
+
+# DIFFERS(planet, dreamerv3): RSSM
+class RSSM(nn.Module):
+    """Recurrent state-space model, Eq. 1: h_t = f(h, z, a of t-1), posterior z_t ~ q(h_t, x_t), prior z_t ~ p(h_t).
+
+    --latent gaussian: S normal variables instead, whose "logits" are (..., S, 2), mean and raw deviation, and whose
+    samples are (..., S, 1).
+    """
+
+    def __init__(self, embed_size, action_size, args):
+        super().__init__()
+        D, U, S = args.deter, args.hidden, args.stoch
+        self.args, self.gaussian = args, args.latent == "gaussian"
+        self.shape, outputs = (S, 1 if self.gaussian else args.classes), (S, 2 if self.gaussian else args.classes)
+        self.split, self.unflatten = [S * self.shape[1], action_size], nn.Unflatten(-1, outputs)  # Z, A
+        self.inputs, self.inputs_norm = nn.Linear(sum(self.split), U), layer_norm(U, args.norm)
+        self.post_in, self.post_norm = nn.Linear(D + embed_size, U), layer_norm(U, args.norm)
+        self.post_out = nn.Linear(U, S * outputs[1])
+        self.prior_net = nn.Sequential(*mlp(D, U, 1, args.norm), nn.Linear(U, S * outputs[1]))
+        self.cell = GRU(U, D, args.gru_norm)
+        self.apply(init_weights)
+
+    def initial(self, B):
+        """Zeros: {"deter": (B, D), "stoch": (B, S, K)}."""
+        zeros = self.inputs.weight.new_zeros
+        return {"deter": zeros(B, self.args.deter), "stoch": zeros(B, *self.shape)}
+
+    def dist(self, logits):
+        """(..., S, K) -> (log-probabilities,); Gaussian: (..., S, 2) -> mean, deviation of (..., S)."""
+        if not self.gaussian:
+            return (logits.float().log_softmax(-1),)
+        mean, raw = logits.float().unbind(-1)
+        return mean, 2 * (raw / 2).sigmoid() + 0.1
+
+    def draw(self, *shape):
+        """Noise for sample: (..., S, K) ~ Exp(1), which beats arg-max's need of a host; Gaussian: standard normal."""
+        device = self.inputs.weight.device
+        if self.gaussian:
+            return torch.randn(*shape, *self.shape, device=device)
+        return torch.rand(*shape, *self.shape, device=device).log_().neg_()
+
+    def sample(self, logits, noise=None):
+        """-> latents (..., S, K), with straight-through gradients; Gaussian: reparameterised. noise: of draw."""
+        dist = self.dist(logits)
+        if not self.gaussian:
+            return straight_through(sample_onehot(*dist, noise), dist[0].exp())
+        return dist[0][..., None] + dist[1][..., None] * (self.draw(*logits.shape[:-2]) if noise is None else noise)
+
+    def core(self, deter, x):
+        """h' = f(h, x): (N, D) and what the input layer makes of z and a, (N, U) -> (N, D)."""
+        return self.cell(F.elu(self.inputs_norm(x)), deter)
+
+    def prior(self, deter):
+        """Logits of p(z | h): (..., D) -> (..., S, K)."""
+        return self.unflatten(self.prior_net(deter))
+
+    def feat(self, state):
+        """[z, h]: (..., S, K), (..., D) -> (..., F)."""
+        return torch.cat([state["stoch"].flatten(-2), state["deter"]], -1)
+
+    def observe(self, embed, action, is_first, state, noise=None):
+        """Filter T observations. embed: (B, T, E); action: (B, T, A), the one that led to each step; is_first: (B, T);
+        state: of the step before; noise: (B, T, S, K) of draw, drawn if None.
+
+        -> {"deter": (B, T, D), "stoch": (B, T, S, K), "logits": (B, T, S, K)} of the posterior. Only what depends on h
+        is in the loop: the shares of actions and embeddings are computed for all T at once.
+        """
+        keep = 1 - is_first.float()  # (B, T)
+        weight_stoch, weight_action = self.inputs.weight.split(self.split, 1)
+        weight_deter, weight_embed = self.post_in.weight.split([self.args.deter, embed.shape[-1]], 1)
+        action_hidden = F.linear(action * keep[..., None], weight_action, self.inputs.bias)  # (B, T, U)
+        embed_hidden = F.linear(embed, weight_embed, self.post_in.bias)  # (B, T, U)
+        dtype = action_hidden.dtype
+        weight_stoch, weight_deter = weight_stoch.to(dtype), weight_deter.to(dtype)  # autocast would, at each step
+        noise = self.draw(*is_first.shape) if noise is None else noise
+        deter, stoch, states = state["deter"], state["stoch"], []
+        for t in range(is_first.shape[1]):
+            deter, stoch = deter * keep[:, t, None], stoch * keep[:, t, None, None]
+            deter = self.core(deter, F.linear(stoch.flatten(1).to(dtype), weight_stoch) + action_hidden[:, t])
+            x = F.linear(deter.to(dtype), weight_deter) + embed_hidden[:, t]
+            logits = self.unflatten(self.post_out(F.elu(self.post_norm(x))))
+            stoch = self.sample(logits, noise[:, t])
+            states.append((deter, stoch, logits))
+        deter, stoch, logits = (torch.stack(x, 1) for x in zip(*states, strict=True))
+        return {"deter": deter, "stoch": stoch, "logits": logits}
+
+    def imagine(self, state, policy, horizon):
+        """Roll the prior forward. state: N start states; policy: features (N, F) -> action (N, A).
+
+        -> features (N, H+1, F) beginning with the start, and the H actions (N, H, A). Gradients flow through both.
+        """
+        feats, actions = [self.feat(state)], []
+        for _ in range(horizon):
+            actions.append(policy(feats[-1]))
+            deter = self.core(state["deter"], self.inputs(torch.cat([state["stoch"].flatten(1), actions[-1]], -1)))
+            state = {"deter": deter, "stoch": self.sample(self.prior(deter))}
+            feats.append(self.feat(state))
+        return torch.stack(feats, 1), torch.stack(actions, 1)
+
+
+# --- optimiser --------------------------------------------------------------------------------------------------------
+
+
+# DIFFERS(planet): Adam
+class Adam:
+    """TensorFlow's Adam after clipping and decay, for groups of parameters that are stepped one by one: eps is added
+    before the second moment is corrected, and decay is not multiplied by the learning rate. For each p with gradient g:
+
+    g <- g min(1, clip / |all g|),  p <- (1 - decay) p,  m <- 0.9 m + 0.1 g,  v <- 0.999 v + 0.001 g^2
+    p <- p - lr sqrt(1 - 0.999^t) / (1 - 0.9^t) m / (sqrt(v) + eps)
+
+    Counters live on the device, where a CUDA graph can advance them. groups: {name: (parameters, learning rate)}.
+    """
+
+    def __init__(self, groups, args):
+        self.groups, self.args, self.state = groups, args, {}
+        for name, (params, _) in groups.items():
+            momentum, mean_square = ([torch.zeros_like(p) for p in params] for _ in range(2))
+            count = torch.zeros((), dtype=torch.float64, device=params[0].device)  # t
+            self.state[name] = {"momentum": momentum, "mean_square": mean_square, "count": count}
+
+    @torch.no_grad()
+    def step(self, name, grads):
+        """grads: one tensor per parameter of the group. -> its gradient norm before clipping, ()."""
+        (params, rate), args, state = self.groups[name], self.args, self.state[name]
+        norm, t = torch.stack(torch._foreach_norm(grads)).square().sum().sqrt(), state["count"].add_(1)
+        grads = torch._foreach_mul(grads, (args.clip / norm).clamp(max=1))
+        torch._foreach_mul_(params, 1 - args.weight_decay)
+        torch._foreach_lerp_(state["momentum"], grads, 0.1)
+        torch._foreach_mul_(state["mean_square"], 0.999)
+        torch._foreach_addcmul_(state["mean_square"], grads, grads, 0.001)
+        scale = torch._foreach_sqrt(state["mean_square"])
+        torch._foreach_add_(scale, args.eps)
+        change = torch._foreach_div(state["momentum"], scale)
+        rate = rate * (1 - 0.999**t).sqrt() / (1 - 0.9**t)
+        torch._foreach_sub_(params, torch._foreach_mul(change, rate.float()))
+        return norm
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        for name, own in self.state.items():
+            for key in "momentum", "mean_square":
+                torch._foreach_copy_(own[key], state[name][key])
+            own["count"].copy_(state[name]["count"])
+
+
+# SHARED(planet, dreamerv2): Captured
+class Captured:
+    """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
+
+    For inputs of new shapes the first three calls run eagerly, while cuDNN and the allocator settle; then the function
+    is captured and only replayed. The next call overwrites the results. What else the function reads, such as flags, is
+    frozen at capture; each shape keeps a graph of its own.
+    """
+
+    def __init__(self, fn, on):
+        self.fn, self.on, self.calls, self.graphs = fn, on, {}, {}
+        self.side = torch.cuda.Stream() if on else None
+
+    def __call__(self, inputs):
+        if not self.on:
+            return self.fn(inputs)
+        key = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= 3:  # on a side stream, as capture demands
+            main = torch.cuda.current_stream()
+            self.side.wait_stream(main)
+            with torch.cuda.stream(self.side):
+                result = self.fn(inputs)
+            main.wait_stream(self.side)
+            return result
+        if key not in self.graphs:
+            static, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = self.fn(static)
+            self.graphs[key] = static, graph, result
+        static, graph, result = self.graphs[key]
+        for name, x in inputs.items():
+            static[name].copy_(x)
+        graph.replay()
+        return result
+
+
+# --- agent ------------------------------------------------------------------------------------------------------------
+
+
+# DIFFERS(planet, dreamerv3): Agent
+class Agent(nn.Module):
+    """World model, actor and critic, each with losses and an optimiser step of its own.
+
+    obs_space: Dict of uint8 images (H, W, C) and float32 vectors; action_space: Discrete or Box, of one environment.
+    """
+
+    context = 0  # rows before the trained window: none, it starts from a zero state without an action
+
+    def __init__(self, obs_space, action_space, args):
+        super().__init__()
+        self.args, self.action_space, self.device = args, action_space, pick_device(args)
+        size = args.deter + args.stoch * (args.classes if args.latent == "categorical" else 1)  # F
+        self.encoder, self.decoder = Encoder(obs_space, args), Decoder(obs_space, size, args)
+        self.actor, self.critic = Actor(size, action_space, args), Head(size, 1, args)
+        self.rssm = RSSM(self.encoder.size, self.actor.size, args)
+        self.reward = Head(size, 1, args)
+        self.cont = Head(size, 1, args) if args.cont_scale else None
+        self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.rho = float(self.actor.discrete) if args.rho is None else args.rho
+        self.to(self.device)
+        self.params = [p for p in self.parameters() if p.requires_grad]
+        behaviour = {"actor": list(self.actor.parameters()), "critic": list(self.critic.parameters())}
+        others = {id(p) for params in behaviour.values() for p in params}
+        groups = {"model": ([p for p in self.params if id(p) not in others], args.learning_rate)}
+        groups["actor"] = behaviour["actor"], args.actor_learning_rate
+        groups["critic"] = behaviour["critic"], args.critic_learning_rate
+        self.optimizer = Adam(groups, args)
+        self.captured_step = Captured(self.step, args.cuda_graph and self.device.type == "cuda")
+
+    def autocast(self):
+        """One region per use: a weight first cast under no_grad would stay cached there without its gradient."""
+        on = self.args.bf16 and self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.autocast(self.device.type, torch.bfloat16, on)
+
+    def initial(self, B):
+        """State of B environments before their first observation."""
+        return {**self.rssm.initial(B), "action": torch.zeros(B, self.actor.size, device=self.device)}
+
+    def onehot(self, index):
+        """(...) -> (..., A) float32; F.one_hot would wait for the device."""
+        return (index[..., None] == torch.arange(self.actor.size, device=self.device)).float()
+
+    def windows(self, batch):
+        """What a window says of the time before each row: the action that led to it (B, T, A), zero in the first row,
+        where also the state begins anew; is_first (B, T).
+        """
+        action = batch["action"]
+        action = self.onehot(action) if self.actor.discrete else action.flatten(2).float()  # (B, T, A)
+        action = torch.cat([torch.zeros_like(action[:, :1]), action[:, :-1]], 1)  # (B, T, A)
+        is_first = torch.cat([torch.ones_like(batch["is_first"][:, :1]), batch["is_first"][:, 1:]], 1)  # (B, T)
+        return action, is_first
+
+    @torch.no_grad()
+    def act(self, obs, is_first, state, eval=False, random=False):
+        """obs: {key: (N, ...)} arrays or tensors; is_first: (N,); state: of initial, or of the last act.
+
+        -> actions for the vector environment (int64 (N,) or float32 (N, ...)), new state. eval: most likely action;
+        random: uniform ones, where the observation is not looked at, and the state begins anew.
+        """
+        N = len(is_first)
+        if random:
+            draw = torch.rand(N, self.actor.size, device=self.device)
+            vector = self.onehot(draw.argmax(-1)) if self.actor.discrete else 2 * draw - 1
+            state = self.rssm.initial(N)
+        else:
+            obs = {key: torch.as_tensor(obs[key], device=self.device)[:, None] for key in self.decoder.shapes}
+            is_first = torch.as_tensor(is_first, device=self.device)[:, None]  # (N, 1)
+            with self.autocast():
+                embed = self.encoder(self.encoder.preprocess(obs))
+                post = self.rssm.observe(embed, state["action"][:, None], is_first, state)
+                state = {key: post[key][:, 0] for key in ("deter", "stoch")}
+                feat = self.rssm.feat(state)  # (N, F)
+                vector = self.actor.mode(feat) if eval else self.actor.sample(feat)  # (N, A)
+        action = vector.argmax(-1) if self.actor.discrete else vector.view(-1, *self.action_space.shape)
+        return action.cpu().numpy(), {**state, "action": vector}
+
+    def model_losses(self, batch):
+        """Eq. 2, but for the KL. -> losses, each (B, T); features with gradient (B, T, F); posterior, with the prior's
+        logits; statistics.
+        """
+        args, (action, is_first) = self.args, self.windows(batch)
+        with self.autocast():
+            obs = self.encoder.preprocess({key: batch[key] for key in self.decoder.shapes})
+            post = self.rssm.observe(self.encoder(obs), action, is_first, self.rssm.initial(len(action)))
+            post["prior_logits"] = self.rssm.prior(post["deter"])
+            feat = self.rssm.feat(post)  # (B, T, F)
+            recon = self.decoder(feat if args.image_grad else feat.detach())
+            reward = self.reward(feat if args.reward_grad else feat.detach())[..., 0]  # (B, T)
+            cont_logit = self.cont(feat)[..., 0] if self.cont else None
+        losses = {}
+        for kind, keys in ("image", self.decoder.images), ("vector", self.decoder.vectors):
+            if keys:  # -ln N(x; mean, 1) without its constant: half the squared error, summed
+                losses[kind] = sum((recon[key] - obs[key]).square().flatten(2).sum(2) / 2 for key in keys)
+        target = batch["reward"].tanh() if args.tanh_reward else batch["reward"]  # (B, T)
+        losses["reward"] = (reward - target).square() / 2
+        if self.cont:  # it learns the discounted probability, so imagination needs no gamma of its own
+            cont = (1 - batch["is_terminal"].float()) * args.gamma  # (B, T)
+            losses["cont"] = F.binary_cross_entropy_with_logits(cont_logit, cont, reduction="none")
+        assert all(loss.shape == feat.shape[:2] for loss in losses.values())
+        dists = self.rssm.dist(post["logits"]), self.rssm.dist(post["prior_logits"])
+        stats = {}
+        if not self.rssm.gaussian:
+            names = ("post_entropy", "prior_entropy")
+            stats = {
+                f"stats/{key}": -(x[0].exp() * x[0]).sum((-2, -1)).mean() for key, x in zip(names, dists, strict=True)
+            }
+        return losses, feat, post, stats
+
+    def imagine(self, post, is_terminal):
+        """H steps from every replayed state, whose own gradient is stopped. post: {key: (B, T, ...)}.
+
+        -> features (N, H+1, F), actions (N, H, A), and reward, discount, slow value, each (N, H+1). The policy sees
+        features without gradient: where there is one, it flows through the dynamics only.
+        """
+        start = {key: post[key].detach().flatten(0, 1) for key in ("deter", "stoch")}
+        with self.autocast():
+            policy = lambda feat: self.actor.sample(feat.detach())
+            feat, action = self.rssm.imagine(start, policy, self.args.imag_horizon)
+            reward, slow_value = self.reward(feat)[..., 0], self.slow_critic(feat)[..., 0]  # (N, H+1)
+            disc = self.cont(feat)[..., 0].sigmoid() if self.cont else torch.full_like(reward, self.args.gamma)
+        if self.cont:  # whether a replayed state is an end is known
+            known = (1 - is_terminal.float().view(-1, 1)) * self.args.gamma  # (N, 1)
+            disc = torch.cat([known, disc[:, 1:]], 1)  # (N, H+1)
+        return feat, action, reward, disc, slow_value
+
+    def scales(self):
+        """-> rho and entropy scale of this update."""
+        args = self.args
+        if not args.schedules:
+            return self.rho, args.entropy_scale
+        done = ((args.prefill + args.train_every * self.updates) / 2.5e6).clamp(max=1)  # of 10M frames
+        return 0.9 + 0.1 * done, 3e-3 + (3e-4 - 3e-3) * done
+
+    def behaviour_losses(self, post, batch):
+        """Eq. 4 to 6 in imagination. post: of model_losses. -> losses actor (N, H-1), critic (N, H); statistics."""
+        args, (rho, entropy_scale), H = self.args, self.scales(), self.args.imag_horizon
+        with torch.set_grad_enabled(args.schedules or self.rho < 1):  # REINFORCE alone needs none
+            feat, action, reward, disc, slow_value = self.imagine(post, batch["is_terminal"])
+            returns = lambda_return(reward, slow_value, disc, args.lam)  # (N, H)
+        weight = torch.cat([torch.ones_like(disc[:, :1]), disc[:, :-1]], 1).cumprod(1).detach()  # (N, H+1)
+        feat = feat.detach()  # (N, H+1, F)
+        with self.autocast():
+            value = self.critic(feat[:, :-1])[..., 0]  # (N, H)
+            dist = self.actor.dist(feat[:, : H - 1])
+        logp = self.actor.log_prob(dist, action[:, : H - 1].detach())  # (N, H-1)
+        entropy = self.actor.entropy(dist)  # (N, H-1)
+        if args.advantage == "code":
+            target, baseline = returns[:, 1:], slow_value[:, : H - 1]  # (N, H-1)
+        else:
+            target, baseline = returns[:, :-1], value[:, :-1]
+        actor = actor_loss(logp, entropy, target, baseline, weight[:, : H - 1], rho, entropy_scale)
+        critic = critic_loss(value, returns, weight[:, :-1])
+        assert actor.shape == target.shape and critic.shape == returns.shape
+        stats = {"actor_entropy": entropy, "return_mean": returns, "value_mean": value, "imag_reward": reward}
+        stats |= {"imag_disc": disc, "advantage": (target - baseline).abs()}
+        return {"actor": actor, "critic": critic}, {f"stats/{key}": x.detach().mean() for key, x in stats.items()}
+
+    def step(self, batch):
+        """One update, eagerly and without any host sync, so that a CUDA graph can capture it. See update."""
+        args, stats = self.args, {}
+        model, _, post, more_stats = self.model_losses(batch)
+        losses = {key: loss.mean() for key, loss in model.items()}
+        dists = self.rssm.dist(post["logits"]), self.rssm.dist(post["prior_logits"])
+        losses["kl"] = kl_loss(*dists, args.free_nats, args.kl_balance)
+        scales = {"kl": args.kl_scale, "cont": args.cont_scale}  # the others: 1
+        losses["total"] = sum(scales.get(key, 1.0) * loss for key, loss in losses.items())
+        grads = torch.autograd.grad(losses["total"], self.optimizer.groups["model"][0])
+        stats["stats/grad_norm"] = self.optimizer.step("model", grads)
+        behaviour, behaviour_stats = self.behaviour_losses(post, batch)  # with the world model as it is now
+        behaviour = {key: loss.mean() for key, loss in behaviour.items()}
+        grads = {key: torch.autograd.grad(loss, self.optimizer.groups[key][0]) for key, loss in behaviour.items()}
+        for key in behaviour:
+            stats[f"stats/{key}_grad_norm"] = self.optimizer.step(key, grads[key])
+        with torch.no_grad():
+            due = self.updates % args.slow_every == 0  # beginning with the first update
+            for slow, p in zip(self.slow_critic.parameters(), self.critic.parameters(), strict=True):
+                slow.copy_(torch.where(due, p, slow))
+        self.updates += 1
+        losses = {f"losses/{key}": loss for key, loss in {**losses, **behaviour}.items()}
+        return {key: x.detach() for key, x in {**stats, **more_stats, **behaviour_stats, **losses}.items()}
+
+    def update(self, batch):
+        """One gradient step of all three on B windows of T rows (Replay.sample). -> statistics, 0-d tensors on the
+        device, which on a GPU the next update overwrites.
+        """
+        return self.captured_step(batch)
+
+
+# === Part 2: plumbing =================================================================================================
+
+
+# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): fail
+def fail(message):
+    """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): pick_device
+def pick_device(args):
+    """--device; auto takes the first GPU, else the CPU."""
+    cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(args.device if args.device != "auto" else "cuda" if cuda else "cpu")
+        assert device.type in ("cpu", "cuda")
+    except (AssertionError, RuntimeError):
+        fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...")
+    if device.type == "cuda":
+        if not (device.index or 0) < torch.cuda.device_count():
+            fail(f"--device {args.device}: PyTorch {torch.__version__} sees no such CUDA device; allowed: auto, cpu")
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)  # a graph is captured on the current device
+    return device
+
+
+# SHARED(planet, dreamerv2, dreamerv3): free_memory
+def free_memory(device):
+    """Bytes that can still be allocated; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
+
+
+# SHARED(planet, dreamerv2, dreamerv3): tune
+def tune(args):
+    """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
+    again page by page is half of a CPU update.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: map no block on its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
+    except (OSError, AttributeError):  # another system or C library: only slower
+        pass
+    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")  # medium: oneDNN, float32 without AMX
+    torch.backends.cudnn.allow_tf32 = args.bf16
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.benchmark = not args.torch_deterministic
+
+
+# DIFFERS(planet, dreamerv3): Replay
+class Replay:
+    """Ring buffer of capacity // num_envs rows for each environment; all environments add a row at a time together.
+
+    Windows lie within one finished episode: an episode is drawn uniformly, then a place in it, with ends=True as if the
+    last place existed T more times, since rewards and ends are what is rare. An episode shorter than the window is used
+    from its start, and the window runs on into what follows.
+    """
+
+    def __init__(self, capacity, num_envs, obs_space, action_space, device, ends=False):
+        self.length, self.num_envs, self.ends = capacity // num_envs, num_envs, ends
+        spec = {"reward": ((), torch.float32)}
+        for key, space in {**obs_space.spaces, "action": action_space}.items():
+            spec[key] = space.shape, torch.from_numpy(np.zeros(0, space.dtype)).dtype
+        spec |= {key: ((), torch.bool) for key in ("is_first", "is_last", "is_terminal")}
+        self.row_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in spec.values())
+        size = self.length * num_envs * self.row_bytes
+        if device.type == "cuda" and size > 0.5 * free_memory(device):
+            device = torch.device("cpu")  # the other half of a GPU's memory is for the networks
+        if size > free_memory(device):
+            free = f"free are {free_memory(device) / 2**30:.1f} GiB"
+            fail(f"--buffer-size {capacity}: {capacity:,} rows take {size / 2**30:.1f} GiB, but {free}")
+        shape = self.length, num_envs
+        self.data = {key: torch.zeros(shape + tuple(s), dtype=d, device=device) for key, (s, d) in spec.items()}
+        self.device = device
+        self.rows = 0  # added so far for each environment, kept or not
+        self.starts = [[] for _ in range(num_envs)]  # rows at which the episodes of each environment begin
+        self.finished = None  # environment, first row and end of each finished episode: a cache
+        self.files = []  # (first row, end row, name) of what save has written
+
+    def windows(self, T):
+        """Number of windows of T rows that there are to sample from, if episodes did not matter."""
+        return self.num_envs * max(0, min(self.rows, self.length) - T + 1)
+
+    def add(self, row):
+        """row: {key: (num_envs, ...)}, arrays or tensors."""
+        for key, ring in self.data.items():
+            ring[self.rows % self.length] = torch.as_tensor(row[key]).to(self.device)
+        self.rows += 1
+        for starts, is_first in zip(self.starts, row["is_first"], strict=True):
+            if is_first:
+                starts.append(self.rows - 1)
+                self.finished = None
+            while len(starts) > 1 and starts[1] <= self.rows - self.length:
+                starts.pop(0)  # the whole episode has left the ring
+                self.finished = None
+
+    def episodes(self):
+        """Environment, first row and end of each finished episode, or of those under way if there is none yet, with
+        rows that have left the ring. -> (episodes, 3).
+        """
+        if self.finished is None:
+            pairs = [
+                (env, pair) for env, starts in enumerate(self.starts) for pair in zip(starts, starts[1:], strict=False)
+            ]
+            self.finished = torch.tensor([(env, *pair) for env, pair in pairs])
+        running = [(env, starts[0], self.rows) for env, starts in enumerate(self.starts)]
+        return self.finished if len(self.finished) else torch.tensor(running)
+
+    def sample(self, B, T):
+        """-> {key: (B, T, ...)}, and "index" (B, T). is_last also marks an episode that was abandoned."""
+        episodes = self.episodes()
+        env, first, end = episodes[torch.randint(len(episodes), (B,))].T  # (B)
+        low = first.clamp(min=self.rows - self.length)  # (B)
+        high = torch.maximum(low, end - T)  # (B)
+        places = high - low + 1 + (T if self.ends else 0)  # (B)
+        start = low + (torch.rand(B, dtype=torch.float64) * places).long()  # (B)
+        start = torch.minimum(start, high).clamp(max=self.rows - T)  # (B)
+        index = (start[:, None] + torch.arange(T)) % self.length * self.num_envs + env[:, None]  # (B, T)
+        index = index.to(self.device)  # (B, T)
+        batch = {key: ring.flatten(0, 1)[index] for key, ring in self.data.items()}
+        batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
+        return {**batch, "index": index}
+
+    def state_dict(self):
+        return {"rows": self.rows, "files": self.files}
+
+    def save(self, folder):
+        """Write the rows added since the last call. -> state_dict."""
+        folder.mkdir(exist_ok=True)
+        oldest = max(0, self.rows - self.length)
+        self.files = [file for file in self.files if file[1] > oldest]
+        first = max([oldest] + [end for _, end, _ in self.files])
+        if first < self.rows:
+            a, b = first % self.length, (self.rows - 1) % self.length + 1
+            parts = [slice(a, b)] if a < b else [slice(a, None), slice(0, b)]
+            data = {key: torch.cat([ring[part].cpu() for part in parts]) for key, ring in self.data.items()}
+            self.files.append((first, self.rows, f"rows-{first}-{self.rows}.pt"))
+            save(folder / self.files[-1][2], **data)
+        return self.state_dict()
+
+    def sweep(self, folder):
+        """Delete what the checkpoint does not name: rows that left the ring, and what a crash left behind."""
+        for path in folder.iterdir():
+            if path.name not in {name for _, _, name in self.files}:
+                path.unlink()
+
+    def load(self, folder, state):
+        """Read back what save wrote, into a replay of the same size."""
+        self.rows, self.files = state["rows"], state["files"]
+        for first, end, name in self.files:
+            for key, values in load(folder / name, "cpu").items():
+                self.data[key][torch.arange(first, end) % self.length] = values.to(self.device)
+        oldest = max(0, self.rows - self.length)
+        first = self.data["is_first"][torch.arange(oldest, self.rows) % self.length].cpu()
+        first[:1] = True  # of an episode whose beginning has left the ring
+        self.starts = [(oldest + first[:, n].nonzero()[:, 0]).tolist() for n in range(self.num_envs)]
+        self.finished = None
+        self.sweep(folder)  # only now: a checkpoint that cannot be read deletes nothing
+
+
+# --- environments -----------------------------------------------------------------------------------------------------
+
+
+# SHARED(planet, dreamerv2, dreamerv3): DMControl
+class DMControl(gym.Env):
+    """dm_control/<domain>-<task>-v0. Episodes end by time limit (discount still 1): truncated, not terminated."""
+
+    def __init__(self, env_id, obs, repeat=1, size=64):
+        if sys.platform == "linux":
+            os.environ.setdefault("MUJOCO_GL", "egl")  # headless; must be set before the first import
+        self.domain, _, self.task = env_id.removeprefix("dm_control/").removesuffix("-v0").partition("-")
+        self.obs, self.repeat, self.size, self.camera = obs, repeat, size, 2 if self.domain == "quadruped" else 0
+        try:
+            from dm_control import suite
+
+            self.suite = suite
+            first, _ = self.reset(seed=0)
+        except (AttributeError, ImportError, RuntimeError) as error:  # as a rule: no renderer, or no package
+            fail(f"--env-id {env_id}: {error}; allowed: with dm_control and libegl, or MUJOCO_GL=disable")
+        box = lambda x: spaces.Box(*((0, 255) if x.dtype == np.uint8 else (-np.inf, np.inf)), x.shape, x.dtype)
+        self.observation_space = spaces.Dict({key: box(x) for key, x in first.items()})
+        spec = self.env.action_spec()
+        self.action_space = spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
+
+    def observe(self, step):
+        vectors = {key: np.float32(x).reshape(-1) for key, x in step.observation.items() if np.size(x)}
+        return (vectors if self.obs != "image" else {}) | ({"image": self.render()} if self.obs != "vector" else {})
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.env = self.suite.load(self.domain, self.task, task_kwargs={"random": seed})
+        return self.observe(self.env.reset()), {}
+
+    def step(self, action):
+        reward = 0.0
+        for _ in range(self.repeat):  # here rather than in a wrapper: only the last frame is rendered
+            step = self.env.step(action)
+            reward += step.reward or 0.0
+            if step.last():
+                break
+        terminated = step.last() and step.discount == 0
+        return self.observe(step), reward, terminated, step.last() and not terminated, {}
+
+    def render(self):
+        return self.env.physics.render(self.size, self.size, camera_id=self.camera)
+
+
+# SHARED(planet, dreamerv2, dreamerv3): adapt
+def adapt(env, args, repeat):
+    """One environment -> Dict of uint8 images (H, W, C) and flat float32 vectors; Box actions clipped to [-1, 1]."""
+    space, action = env.observation_space, env.action_space
+    named = isinstance(space, spaces.Dict)
+    parts = dict(space.spaces) if named else {"image" if is_image(space) else "vector": space}
+    box, flag = isinstance(action, spaces.Box), f"--env-id {args.env_id}"
+    if not (np.isfinite([action.low, action.high]).all() if box else isinstance(action, spaces.Discrete)):
+        fail(f"{flag}: action space {action}; allowed: Discrete, or Box with finite bounds")
+    if not all(part.is_np_flattenable for part in parts.values()):
+        fail(f"{flag}: observation space {space}; allowed: Box, Discrete, or a Dict of such")
+    taken = {"action", "reward", "is_first", "is_last", "is_terminal", "deter", "stoch", "index"}
+    if any(key in taken or "." in key or hasattr(nn.ModuleDict, key) for key in parts):
+        fail(f"{flag}: observation keys {list(parts)}; allowed: no dots, no attributes of nn.ModuleDict, not {taken}")
+    env = gym.wrappers.RepeatAction(env, repeat)
+    if box:
+        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, -1, 1), env.action_space)
+    else:
+        env = gym.wrappers.TransformAction(env, lambda a: a + action.start, spaces.Discrete(action.n))
+
+    flat_space = lambda part: part if is_image(part) else spaces.Box(-np.inf, np.inf, (spaces.flatdim(part),))
+    flatten = lambda part, x: x if is_image(part) else spaces.flatten(part, x).astype(np.float32)
+    as_dict = lambda obs: {key: flatten(part, obs[key] if named else obs) for key, part in parts.items()}
+    space = spaces.Dict({key: flat_space(part) for key, part in parts.items()})
+    return gym.wrappers.TransformObservation(env, as_dict, space)
+
+
+def atari_envs(env_id, num_envs, args, **kwargs):
+    """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
+    small = args.atari_protocol == "100k"
+    size = (64, 64, 3 if small else 1)
+    protocol = dict(img_height=size[0], img_width=size[1], grayscale=not small)
+    protocol.update(full_action_space=not small and args.size != "atari-fast")  # the code's last state has few actions
+    protocol.update(repeat_action_probability=0.0 if small else 0.25, frameskip=args.action_repeat, stack_num=1)
+    protocol.update(maxpool=True, noop_max=30, episodic_life=False, reward_clipping=False, use_fire_reset=False)
+    envs = gym.make_vec(env_id, num_envs, **{**protocol, **kwargs})
+    single = spaces.Dict({"image": spaces.Box(0, 255, size, np.uint8)})
+    batched = gym.vector.utils.batch_space(single, num_envs)
+    as_dict = lambda obs: {"image": obs.reshape(num_envs, *size)}
+    return gym.wrappers.vector.TransformObservation(envs, as_dict, batched, single)
+
+
+# SHARED(planet, dreamerv2, dreamerv3): make_envs
+def make_envs(env_id, num_envs, seed, args):
+    """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
+    family = env_id.split("/")[0]
+    try:
+        kwargs = dict(json.loads(args.env_kwargs))
+    except (ValueError, TypeError):
+        fail(f"--env-kwargs {args.env_kwargs}: allowed: a JSON object, such as '{{\"continuous\": true}}'")
+    if family == "ALE":
+        import ale_py
+
+        gym.register_envs(ale_py)
+
+    def make():
+        if family == "dm_control":
+            return adapt(DMControl(env_id, args.obs, args.action_repeat, **kwargs), args, repeat=1)
+        mode = {"render_mode": "rgb_array"} if args.capture_video else {}  # an environment need not know render_mode
+        return adapt(gym.make(env_id, **mode, **kwargs), args, args.action_repeat)
+
+    try:
+        if family == "ALE":
+            envs = atari_envs(env_id, num_envs, args, **kwargs)
+        else:
+            envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+    except (gym.error.Error, ValueError, TypeError, ImportError) as error:
+        near = difflib.get_close_matches(env_id, gym.registry, 3) if env_id.split(":")[-1] not in gym.registry else []
+        fail(f"--env-id {env_id}: {error}" + (f" Close matches: {', '.join(near)}" if near else ""))
+    sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
+    if len(sizes) > 1 or any(side not in SIDES for size in sizes for side in size):
+        fail(f"--env-id {env_id}: images of {sizes}; allowed: one size, sides among {list(SIDES)}")
+    if args.capture_video and not sizes:
+        try:
+            envs.reset(seed=seed)
+            assert envs.render() is not None, "no picture"
+        except Exception as error:
+            fail(f"--capture-video: {env_id} cannot be rendered here ({error}); allowed: with a renderer installed")
+    envs.action_space.seed(seed)  # reset does not
+    return envs
+
+
+# SHARED(planet, dreamerv2, dreamerv3): start_row
+def start_row(envs, seed):
+    """Reset all environments -> their first rows."""
+    obs, _ = envs.reset(seed=seed)
+    no, yes = np.zeros(envs.num_envs, bool), np.ones(envs.num_envs, bool)
+    return {**obs, "reward": np.float32(no), "is_first": yes, "is_last": no, "is_terminal": no}
+
+
+# SHARED(planet, dreamerv2, dreamerv3): next_row
+def next_row(envs, action, row):
+    """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
+    obs, reward, terminated, truncated, _ = envs.step(action)
+    ends = {"is_first": row["is_last"], "is_last": terminated | truncated, "is_terminal": terminated}
+    return {**obs, **ends, "reward": reward.astype(np.float32)}
+
+
+# --- pictures, checkpoints, evaluation --------------------------------------------------------------------------------
+
+
+# SHARED(planet, dreamerv2, dreamerv3): save_gif
+def save_gif(path, frames, writer=None, step=0):
+    """uint8 (T, H, W, 3) -> animated GIF on disk and in TensorBoard, whose own add_video would need moviepy."""
+    from PIL import Image
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    images = [Image.fromarray(x).quantize(256, method=Image.Quantize.FASTOCTREE) for x in frames]  # 15 x as fast
+    out = io.BytesIO()
+    images[0].save(out, format="GIF", save_all=True, append_images=images[1:], duration=66, loop=0)
+    Path(path).write_bytes(out.getvalue())
+    if writer:
+        size = dict(height=frames.shape[1], width=frames.shape[2], colorspace=3)
+        value = Summary.Value(tag=Path(path).stem, image=Summary.Image(**size, encoded_image_string=out.getvalue()))
+        writer._get_file_writer().add_summary(Summary(value=[value]), step)
+
+
+# SHARED(planet, dreamerv2, dreamerv3): picture
+def picture(obs):
+    """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the vectors as gray cells."""
+    images = [obs[key] for key in sorted(obs) if obs[key].dim() == 5]
+    if images:
+        image = images[0].float() * (1 if images[0].dtype == torch.uint8 else 255)
+        return image[..., :1].expand(*image.shape[:-1], 3) if image.shape[-1] < 3 else image[..., :3]
+    cells = torch.cat([obs[key].float() for key in sorted(obs)], -1).sigmoid() * 255
+    return cells.repeat_interleave(16, -1)[..., None, :, None].expand(-1, -1, 32, -1, 3)
+
+
+# SHARED(planet, dreamerv2, dreamerv3): film
+def film(video, seen):
+    """(B, T, H, W, 3) -> uint8 (T, 6 + H, B * W, 3): side by side; a bar above is green for seen frames, then red."""
+    B, T, _, W, _ = video.shape
+    bar = torch.zeros(B, T, 6, W, 3, device=video.device)
+    bar[:, :seen, :4, :, 1], bar[:, seen:, :4, :, 0] = 255, 255
+    return torch.cat([bar, video], 2).permute(1, 2, 0, 3, 4).flatten(2, 3).to(torch.uint8).cpu().numpy()
+
+
+# DIFFERS(planet, dreamerv3): open_loop
+@torch.no_grad()
+def open_loop(agent, batch):
+    """What the model knows: up to six windows side by side, with truth, model and error from top to bottom. It observes
+    a quarter (green bar) and predicts the rest from the actions (red). batch: Replay.sample -> uint8 (T, H, W, 3).
+    """
+    batch = {key: x[:6].to(agent.device) for key, x in batch.items()}
+    obs, (action, is_first) = {key: batch[key] for key in agent.decoder.shapes}, agent.windows(batch)
+    seen = max(1, is_first.shape[1] // 4)
+    with agent.autocast():
+        embed = agent.encoder(agent.encoder.preprocess({key: x[:, :seen] for key, x in obs.items()}))
+        post = agent.rssm.observe(embed, action[:, :seen], is_first[:, :seen], agent.rssm.initial(len(embed)))
+        last, plan = {key: x[:, -1] for key, x in post.items()}, iter(action[:, seen:].unbind(1))
+        feat, _ = agent.rssm.imagine(last, lambda _: next(plan), is_first.shape[1] - seen)
+        model = picture(shown(agent.decoder(torch.cat([agent.rssm.feat(post), feat[:, 1:]], 1))))
+    truth = picture({key: x if x.dtype == torch.uint8 else x.float() for key, x in obs.items()})
+    return film(torch.cat([truth, model, (model - truth + 255) / 2], 2), seen)
+
+
+# SHARED(planet, dreamerv2): shown
+def shown(recon):
+    """Predicted images, in -0.5 to 0.5, to 0 to 1."""
+    return {key: (x + 0.5).clamp(0, 1) if x.dim() == 5 else x for key, x in recon.items()}
+
+
+# DIFFERS(planet, dreamerv3): dream
+@torch.no_grad()
+def dream(agent, args, steps=64):
+    """Four dreams of the policy, each after one real observation. -> uint8 (1 + steps, H, W, 3)."""
+    envs = make_envs(args.env_id, 4, args.seed, args)
+    row = start_row(envs, args.seed)
+    envs.close()
+    _, state = agent.act(row, row["is_first"], agent.initial(4))
+    with agent.autocast():
+        feat, _ = agent.rssm.imagine(state, agent.actor.sample, steps)
+        return film(picture(shown(agent.decoder(feat))), seen=1)
+
+
+# SHARED(planet, dreamerv2, dreamerv3): evaluate
+def evaluate(agent, args, episodes, video=None):
+    """Play whole episodes without exploration noise; the random state of training is left as it was.
+
+    -> returns, one per episode. video: path for a GIF of the first environment's first episode.
+    """
+    N = min(episodes, 8)
+    wanted = [episodes // N + (n < episodes % N) for n in range(N)]  # each its share: no bias to short episodes
+    envs, scores, frames = make_envs(args.env_id, N, args.seed, args), [[] for _ in range(N)], []
+    with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
+        torch.manual_seed(args.seed + 1_000)
+        row, state, total = start_row(envs, args.seed + 1_000), agent.initial(N), np.zeros(N)
+        while any(len(score) < share for score, share in zip(scores, wanted, strict=True)):
+            if video and not scores[0]:
+                seen = picture({key: torch.as_tensor(row[key][:1, None]) for key in agent.decoder.shapes})[0, 0]
+                rendered = args.capture_video and not agent.decoder.images
+                frames.append(np.array(envs.render()[0]) if rendered else seen.to(torch.uint8).numpy())
+            action, state = agent.act(row, row["is_first"], state, eval=True)
+            row = next_row(envs, action, row)
+            total = total * ~row["is_first"] + row["reward"]
+            for n in np.flatnonzero(row["is_last"]):
+                scores[n].append(float(total[n]))
+    envs.close()
+    if video:
+        save_gif(video, np.stack(frames))
+    return [score for mine, share in zip(scores, wanted, strict=True) for score in mine[:share]]
+
+
+# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): save
+def save(path, **state):
+    """Atomic: either the whole new file stands under its name, or still the old one, and nothing beside it."""
+    temporary = Path(path).with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): load
+def load(path, device, need=()):
+    """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        assert all(key in state for key in need), "another kind of file"
+        return state
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        fail(f"{path}: cannot be read ({type(error).__name__}: {text}); allowed: a checkpoint.pt")
+
+
+# SHARED(planet, dreamerv2, dreamerv3): merge
+def merge(args, path, saved, free):
+    """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
+
+    device, capture_video and track belong to a call, not to a run: they are not inherited.
+    """
+    if not saved.keys() <= {x.name for x in fields(Args)}:
+        fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
+    saved = {**asdict(Args()), **saved, "device": "auto", "capture_video": False, "track": False}
+    asked = {x.name: getattr(args, x.name) for x in fields(Args) if getattr(args, x.name) != x.default}
+    for name, value in asked.items():
+        if name not in free and value != saved[name]:
+            flags = ", ".join(f"--{x}" for x in free).replace("_", "-")
+            fail(f"--{name.replace('_', '-')} {value}: the run at {path} has {saved[name]}; allowed to change: {flags}")
+    return replace(Args(**saved), **{name: value for name, value in asked.items() if name in free})
+
+
+# SHARED(planet, dreamerv2, dreamerv3): restore_weights
+def restore_weights(agent, state, path):
+    """Load a state_dict, or stop with one line where shapes differ."""
+    try:
+        agent.load_state_dict(state)
+    except RuntimeError as error:
+        line = str(error).splitlines()[-1].strip()
+        fail(f"{path}: made for other observations or actions ({line}); allowed: its own environment and version")
+
+
+# SHARED(planet, dreamerv2, dreamerv3): load_agent
+def load_agent(path, args=None):
+    """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
+    state = load(path, "cpu", need=("args", "agent"))
+    free = ("eval", "dream", "eval_episodes", "seed", "device", "capture_video")
+    args = resolve(merge(args or Args(), path, state["args"], free))
+    envs = make_envs(args.env_id, 1, args.seed, args)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args)
+    envs.close()
+    restore_weights(agent, state["agent"], path)
+    return agent, args
+
+
+# SHARED(planet, dreamerv2, dreamerv3): show
+def show(args):
+    """--eval and --dream: print the returns, leave a GIF beside the checkpoint."""
+    path = Path(args.eval or args.dream)
+    folder = path if path.is_dir() else path.parent
+    agent, args = load_agent(path, args)
+    if args.dream:
+        save_gif(folder / "dream.gif", dream(agent, args))
+        print(f"{folder}/dream.gif: the policy in imagination")
+        return {"run_dir": str(folder)}
+    scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
+    print(f"{args.env_id}, {len(scores)} episodes: " + " ".join(f"{score:g}" for score in scores))
+    print(f"mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
+    return {"run_dir": str(folder), "returns": scores}
+
+
+# === Part 3: training =================================================================================================
+
+
+# DIFFERS(planet, dreamerv3): describe
+def describe(args, agent, replay, run_dir):
+    """Say what is about to run, before it takes hours."""
+    gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
+    warning = "CPU  <-- WARNING: no GPU; images will take days" if agent.decoder.images else "CPU (vectors: fine)"
+    gib, place = args.buffer_size * replay.row_bytes / 2**30, "main" if replay.device.type == "cpu" else "GPU"
+    print(f"run       {run_dir}\ndevice    {gpu or warning}; PyTorch {torch.__version__}")
+    print(f"agent     {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
+    print(f"replay    {args.buffer_size:,} rows x {replay.row_bytes / 1024:.1f} KiB = {gib:.1f} GiB of {place} memory")
+    batch, prefill = f"{args.batch_size} x {args.batch_length} steps", f"{args.prefill:,} random ones (--prefill)"
+    ratio = args.batch_size * args.batch_length / args.train_every
+    print(f"training  1 update on {batch} per {args.train_every:g} policy steps, after {prefill}")
+    print(f"          each step is replayed {ratio:g} times")
+    steps = f"{args.total_timesteps:,} policy steps = {args.total_timesteps * args.action_repeat:,} frames"
+    late = "  <-- WARNING: ends before --prefill, trains nothing" if args.prefill >= args.total_timesteps else ""
+    print(f"length    {steps}{late}", flush=True)
+
+
+# SHARED(planet, dreamerv2, dreamerv3): open_writer
+def open_writer(args, run_dir, step):
+    """TensorBoard, mirrored to Weights & Biases with --track."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    if args.track:
+        import wandb
+
+        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name)
+        wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
+    writer = SummaryWriter(run_dir, purge_step=step + 1 if step else None)
+    table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", step)
+    return writer
+
+
+# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): finite
+def finite(stats):
+    """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
+    update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
+    """
+    values = dict(zip(stats, torch.stack([x.float() for x in stats.values()]).tolist() if stats else [], strict=True))
+    bad = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
+    if bad:
+        raise FloatingPointError(", ".join(bad))
+    return values
+
+
+# SHARED(planet, dreamerv2, dreamerv3): record
+def record(writer, args, now, stats, spent, since, replay):
+    """One progress line, and the scalars for TensorBoard. spent: seconds by part; since: time and step of last call.
+
+    On a GPU perf/train_ms is the time to queue updates; the wait until they are done is in perf/act_ms.
+    """
+    steps, seconds = max(1, now["step"] - since[1]), time.time() - since[0]
+    score = np.mean(now["recent"]) if now["recent"] else float("nan")
+    left = max(0, args.total_timesteps - now["step"]) * seconds / steps
+    line = f"step {now['step']:,}/{args.total_timesteps:,}  return {score:.1f}  {steps / seconds:.1f} steps/s"
+    line += f"  updates {now['updates']:,}  loss {stats.get('losses/total', float('nan')):.1f}"
+    print(f"{line}  left {int(left // 3600)}:{int(left % 3600 // 60):02}:{int(left % 60):02}", flush=True)
+    scalars = {**stats, **{f"perf/{key}_ms": 1000 * x / steps for key, x in spent.items()}}
+    scalars |= {"charts/SPS": steps / seconds, "charts/frames": now["step"] * args.action_repeat}
+    scalars |= {"charts/gradient_steps": now["updates"], "charts/replay_rows": replay.rows * args.num_envs}
+    for key, value in scalars.items():
+        writer.add_scalar(key, value, now["step"])
+
+
+# SHARED(planet, dreamerv2, dreamerv3): checkpoint
+def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
+    """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint and the files it names."""
+    cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
+    parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now, "state": state}
+    parts |= {"replay": replay.save(run_dir / "replay"), "row": {key: torch.as_tensor(x) for key, x in row.items()}}
+    parts |= {"random": torch.get_rng_state(), "cuda_random": cuda, "args": asdict(args)}
+    save(run_dir / "checkpoint.pt", **parts, source=SOURCE)
+    replay.sweep(run_dir / "replay")
+    writer.flush()
+
+
+# SHARED(planet, dreamerv2, dreamerv3): restore
+def restore(saved, args, agent, replay, envs, run_dir):
+    """Bring agent, replay, environments and random state to where the checkpoint was taken. -> now, row, agent state.
+
+    Environments are rebuilt from the seed of their last reset and the actions since then, which lie in the replay.
+    Where that is impossible, takes too long, or gives another observation, new episodes begin instead.
+    """
+    restore_weights(agent, saved["agent"], args.resume)
+    agent.optimizer.load_state_dict(saved["optimizer"])
+    replay.load(run_dir / "replay", saved["replay"])
+    now, state = saved["now"], {key: x.to(agent.device) for key, x in saved["state"].items()}
+    row, began = start_row(envs, now["seed"]), time.time()
+    place = torch.arange(now["seed_row"], replay.rows) % replay.length
+    print(f"resume    {len(place):,} steps of the environments are played again, for 5 minutes at most", flush=True)
+    rebuilt = len(place) <= replay.length
+    for action in replay.data["action"][place].cpu().numpy() if rebuilt else []:
+        row = next_row(envs, action, row)
+        if time.time() - began > 300:
+            rebuilt = False
+            break
+    if not rebuilt or not all(np.array_equal(row[key], saved["row"][key].numpy()) for key in row):
+        print("the environments could not be rebuilt: new episodes begin, the interrupted ones are abandoned")
+        now.update(seed=args.seed + replay.rows, seed_row=replay.rows)
+        now.update(returns=[0.0] * args.num_envs, lengths=[0] * args.num_envs)
+        row = start_row(envs, now["seed"])
+    torch.set_rng_state(saved["random"].cpu())
+    if agent.device.type == "cuda" and saved["cuda_random"] is not None:
+        torch.cuda.set_rng_state(saved["cuda_random"].cpu(), agent.device)
+    return now, row, state
+
+
+# DIFFERS(planet, dreamerv3): learn
+def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
+    """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics.
+
+    row, state: the rows of all environments and the state of the agent before them; now: see train, kept up to date.
+    """
+    rows = args.batch_length + Agent.context
+    stats, since, spent = {}, (time.time(), now["step"]), {"act": 0.0, "train": 0.0, "env": 0.0}
+
+    while now["step"] < args.total_timesteps:
+        times = [time.time()]
+        action, state = agent.act(row, row["is_first"], state, random=now["step"] < args.prefill)
+        replay.add({**row, "action": action})
+        times.append(time.time())
+        if now["step"] >= args.prefill and replay.windows(rows):
+            now["first_step"] = now["step"] if now["first_step"] is None else now["first_step"]
+            due = 1 + args.pretrain + (now["step"] - now["first_step"]) // args.train_every
+            while now["updates"] < due:
+                batch = replay.sample(args.batch_size, rows)
+                batch = {key: x.to(agent.device, non_blocking=True) for key, x in batch.items()}
+                stats = agent.update(batch)  # a GPU works on it while the environments step
+                now["updates"] += 1
+                if agent.device.type == "cpu":
+                    finite(stats)
+        times.append(time.time())
+        before, now["step"] = now["step"], now["step"] + int((~row["is_last"]).sum())  # a reset is no step
+        row = next_row(envs, action, row)
+        for n in range(args.num_envs):
+            now["returns"][n] = now["returns"][n] * (not row["is_first"][n]) + float(row["reward"][n])
+            now["lengths"][n] = 0 if row["is_first"][n] else now["lengths"][n] + 1
+            if row["is_last"][n]:
+                writer.add_scalar("charts/episodic_return", now["returns"][n], now["step"])
+                writer.add_scalar("charts/episodic_length", now["lengths"][n], now["step"])
+                now["recent"] = [*now["recent"], now["returns"][n]][-20:]
+        times.append(time.time())
+        spent = {key: x + times[i + 1] - times[i] for i, (key, x) in enumerate(spent.items())}
+        done = now["step"] >= args.total_timesteps
+        if time.time() - since[0] > args.log_every or done:
+            record(writer, args, now, finite(stats), spent, since, replay)
+            since, spent = (time.time(), now["step"]), dict.fromkeys(spent, 0.0)
+        if before // args.checkpoint_every < now["step"] // args.checkpoint_every or done:
+            finite(stats)
+            if replay.windows(rows):
+                video = open_loop(agent, replay.sample(6, rows))
+                save_gif(run_dir / "open_loop.gif", video, writer, now["step"])
+            checkpoint(args, run_dir, agent, replay, now, row, state, writer)
+            if args.capture_video:
+                scores = evaluate(agent, args, 1, run_dir / f"episode-{now['step']}.gif")
+                writer.add_scalar("eval/episodic_return", scores[0], now["step"])
+    return finite(stats)
+
+
+# DIFFERS(planet, dreamerv3): train
+def train(args: Args) -> dict:
+    """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
+    modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]
+    if len(modes) > 1:
+        fail(f"{' '.join(modes)}: one of them at a time is allowed")
+    if args.eval or args.dream:
+        return show(args)
+    saved = load(args.resume, "cpu", need=("args", "agent", "now")) if args.resume else None
+    free = ("resume", "total_timesteps", "device", "checkpoint_every", "log_every", "capture_video", "track")
+    args = resolve(merge(args, args.resume, saved["args"], free) if saved else args)
+    needed = args.num_envs * args.batch_length
+    if args.buffer_size // args.num_envs * args.num_envs < needed:
+        fail(f"--buffer-size {args.buffer_size}: a window takes {needed:,} rows; allowed: that many or more")
+    tune(args)
+    for seed in random.seed, np.random.seed, torch.manual_seed:
+        seed(args.seed)
+    envs = make_envs(args.env_id, args.num_envs, args.seed, args)
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    agent = Agent(obs_space, action_space, args)
+    state = agent.initial(args.num_envs)
+    replay = Replay(args.buffer_size, args.num_envs, obs_space, action_space, agent.device, args.ends)
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.run_root) / name
+    if saved:
+        run_dir = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(saved))
+    except OSError as error:
+        fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
+    describe(args, agent, replay, run_dir)
+    # now: all that a run knows beside weights and replay; seed_row: when the environments were last seeded
+    now = {"step": 0, "updates": 0, "first_step": None, "seed": args.seed, "seed_row": 0, "recent": []}
+    now |= {"returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
+    if saved:
+        now, row, state = restore(saved, args, agent, replay, envs, run_dir)
+    else:
+        row = start_row(envs, args.seed)
+    writer = open_writer(args, run_dir, now["step"])
+    try:
+        stats = learn(args, agent, replay, envs, row, state, now, writer, run_dir)
+    except Exception as error:
+        last = f"{run_dir} holds the last checkpoint" if (run_dir / "checkpoint.pt").exists() else "no checkpoint yet"
+        raise RuntimeError(f"policy step {now['step']:,}: {type(error).__name__}: {error} ({last})") from error
+    finally:
+        writer.close()  # first: the environments of a broken simulator may raise again
+        envs.close()
+    score = float(np.mean(now["recent"])) if now["recent"] else float("nan")
+    result = {"run_dir": str(run_dir), "global_step": now["step"], "updates": now["updates"], "episodic_return": score}
+    return {**result, **stats}
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, description=__doc__))

@@ -486,7 +486,7 @@ class GRU(nn.Module):
 
     def forward(self, x, h):
         """(N, inputs), (N, D) -> (N, D)."""
-        reset, cand, update = self.norm(self.gates(torch.cat([x, h.to(x.dtype)], -1)).float()).chunk(3, -1)
+        reset, cand, update = self.norm(self.gates(torch.cat([x, h.to(x.dtype)], -1))).to(h.dtype).chunk(3, -1)
         return torch.lerp(h, torch.tanh(reset.sigmoid() * cand), (update - 1).sigmoid())
 
 

@@ -30,24 +30,6 @@ def module(request):
     return importlib.import_module(request.param)
 
 
-@pytest.fixture
-def made(module, monkeypatch):
-    """{"Agent": [...], "Replay": [...]}: the objects that train makes."""
-    seen = {"Agent": [], "Replay": []}
-
-    def spy(base, objects):
-        class Spy(base):
-            def __init__(self, *args, **kwargs):
-                super().__init__(*args, **kwargs)
-                objects.append(self)
-
-        return Spy
-
-    for name, objects in seen.items():
-        monkeypatch.setattr(module, name, spy(getattr(module, name), objects))
-    return seen
-
-
 def known(module, flags):
     """Those of the flags that the file has."""
     return {key: x for key, x in flags.items() if key in {field.name for field in dataclasses.fields(module.Args)}}

@@ -19,7 +19,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-IMAGE, VECTOR = (64, 64, 3), (24,)
+IMAGE, GRAY, VECTOR = (64, 64, 3), (64, 64, 1), (24,)
+FAST = dict(module="dreamerv2", size="atari-fast", shape=GRAY)
 CPU = {
     "update debug": dict(size="debug", batch_size=16, batch_length=64),
     "update 1m": dict(size="1m"),
@@ -33,6 +34,11 @@ CPU = {
     "Pong 1m, 4 steps an update": dict(size="1m", pong=True),
     "checkpoint of 10,000 new rows of 10,000, 12m": dict(size="12m", rows=10_000),
     "checkpoint of 10,000 new rows of 1,000,000, 12m": dict(size="12m", rows=1_000_000),
+    "DreamerV2 update, atari-fast": FAST,
+    "DreamerV2 update, small, vectors": dict(module="dreamerv2", size="small", shape=VECTOR),
+    "DreamerV2 update, small, vectors, dynamics": dict(module="dreamerv2", size="small", shape=VECTOR, box=True),
+    "DreamerV2 act, atari-fast, 1 environment": {**FAST, "act": 1},
+    "DreamerV2 act, atari-fast, 16 environments": {**FAST, "act": 16},
     "PlaNet update, 50x50": dict(module="planet"),
     "PlaNet update, 50x50, small, vectors": dict(module="planet", size="small", shape=VECTOR),
     "PlaNet plan, 1 environment": dict(module="planet", shape=VECTOR, act=1),
@@ -47,6 +53,13 @@ GPU = {
 GPU |= {
     f"PlaNet update, 50x50, {'bf16' if bf16 else 'fp32'}": dict(module="planet", bf16=bf16) for bf16 in (True, False)
 }
+GPU |= {
+    f"DreamerV2 update, {size}, {'bf16' if bf16 else 'fp32'}": {**FAST, "size": size, "bf16": bf16}
+    for size in ("atari", "atari-fast")
+    for bf16 in (True, False)
+}
+GPU["DreamerV2 update, dmc-vision, bf16"] = dict(module="dreamerv2", size="dmc-vision", box=True)
+GPU |= {f"DreamerV2 act, atari-fast, {n} environments": {**FAST, "act": n} for n in (1, 16)}
 GPU |= {f"PlaNet plan, {n} environments": dict(module="planet", shape=VECTOR, act=n) for n in (1, 16)}
 GPU |= {f"act {size}, {n} environments": dict(size=size, act=n) for size in ("12m", "200m") for n in (1, 16)}
 
@@ -62,7 +75,7 @@ def timed(work, wait, budget):
     return 1000 * statistics.median(times), (time.process_time() - cpu) / len(times)
 
 
-def measure(began, device, budget, module="dreamerv3", shape=IMAGE, act=0, pong=False, rows=0, **flags):
+def measure(began, device, budget, module="dreamerv3", shape=IMAGE, act=0, pong=False, rows=0, box=False, **flags):
     """One case -> {column: number}. began: when the process was started."""
     import numpy as np
     import torch
@@ -79,13 +92,13 @@ def measure(began, device, budget, module="dreamerv3", shape=IMAGE, act=0, pong=
     module.tune(args)
     image = len(shape) == 3
     space = spaces.Box(0, 255, shape, np.uint8) if image else spaces.Box(-np.inf, np.inf, shape, np.float32)
-    obs_space, rng, model_only = spaces.Dict(obs=space), np.random.default_rng(0), not hasattr(module.Replay, "write")
-    action_space = spaces.Box(-1, 1, (6,)) if model_only else spaces.Discrete(6)
+    obs_space, rng, stateful = spaces.Dict(obs=space), np.random.default_rng(0), hasattr(module.Replay, "write")
+    action_space = spaces.Box(-1, 1, (6,)) if box or module.__name__ == "planet" else spaces.Discrete(6)
     agent = module.Agent(obs_space, action_space, args)
     wait = torch.cuda.synchronize if agent.device.type == "cuda" else lambda: None
     N = act or 4
     latents = getattr(agent, "latents", lambda state: {})  # what the replay keeps of a state, if anything
-    extras = [] if model_only else [{key: (x.shape[1:], x.dtype) for key, x in latents(agent.initial(N)).items()}]
+    extras = [{key: (x.shape[1:], x.dtype) for key, x in latents(agent.initial(N)).items()}] if stateful else []
     if rows:
         replay = module.Replay(rows, 1, obs_space, action_space, torch.device("cpu"), *extras)
         replay.rows, replay.files = rows, [(0, rows - 10_000, "rows")]
@@ -105,14 +118,14 @@ def measure(began, device, budget, module="dreamerv3", shape=IMAGE, act=0, pong=
         ms, core = timed(work, wait, budget)
         return {"median ms": ms, "core s": core}
     for i in range(80):
-        blind = {"random": True} if model_only else {}  # no plans, which are slow
+        blind = {} if stateful else {"random": True}  # no plans, which are slow
         action, state = agent.act(history[i % 8], history[i % 8]["is_first"], state, **blind)
         replay.add({**history[i % 8], "is_terminal": ends, "action": action, **latents(state)})
 
     def work():
         batch = replay.sample(args.batch_size, args.batch_length + agent.context)
         agent.update(batch)
-        if not model_only:
+        if stateful:
             replay.write(batch, agent.context)
 
     work()

@@ -444,6 +444,19 @@ def plain_gru(cell, x, h):
     return update * torch.tanh(reset.sigmoid() * cand) + (1 - update) * h
 
 
+@pytest.mark.parametrize("rho", [0.0, 1.0])
+def test_policy_sees_features_without_gradient(monkeypatch, rho):
+    """Where there is a gradient it flows through states and actions, not through what the policy saw."""
+    agent, seen = agent_of(rho=rho, imag_horizon=3), []
+    real = agent.actor.sample
+    monkeypatch.setattr(agent.actor, "sample", lambda feat: seen.append(feat.requires_grad) or real(feat))
+    batch = random_batch(agent)
+    post = agent.model_losses(batch)[2]
+    with torch.set_grad_enabled(rho < 1):
+        feat, action, *_ = agent.imagine(post, batch["is_terminal"])
+    assert seen == [False] * 3 and feat.requires_grad == action.requires_grad == (rho < 1)
+
+
 @pytest.mark.parametrize("advantage", ["code", "paper"])
 def test_advantage(monkeypatch, advantage):
     """code: the next state's return minus this state's slow value; paper: this state's return minus its value."""

@@ -299,9 +299,9 @@ def truncated_sample(u, mean, std):
     """The same value, a little within the bounds, with the code's gradient: that of mean + std e at a fixed e, as if
     there were no bounds. The exact one, of truncated_icdf, shrinks where mean moves against a bound. (...) -> (...).
     """
-    noise = ((truncated_icdf(u, mean, std) - mean) / std).detach()
-    sample = mean + std * noise
-    return sample + (sample.clamp(-1 + 1e-6, 1 - 1e-6) - sample).detach()
+    value = truncated_icdf(u, mean, std).clamp(-1 + 1e-6, 1 - 1e-6)  # which rounding makes infinite, once in millions
+    sample = mean + std * ((value - mean) / std).detach()
+    return sample + (value - sample).detach()
 
 
 def truncated_logp(x, mean, std):

@@ -116,9 +116,15 @@ def test_truncated_normal():
         sample = dreamerv2.truncated_sample(u, mean, std)
         below = torch.cumulative_trapezoid(logp.exp(), x)[((sample + 1) / 2 * 20_000).long().clamp(max=19_999)]
         assert torch.allclose(below, u, atol=2e-3)
-    torch.manual_seed(0)
-    edge = dreamerv2.truncated_sample(torch.rand(10**5), torch.tensor(0.9999), torch.tensor(2.1))
-    assert edge.abs().max() < 1 and torch.isfinite(edge).all()
+    for mean, std in itertools.product((-1.0, -0.9999, 0.3, 1.0), (0.1, 2.1)):  # tanh does reach 1
+        u = torch.cat([torch.tensor([0, 2**-24, 1 - 2**-24, 1]), torch.rand(1000)])
+        mean, std = torch.tensor(mean, requires_grad=True), torch.tensor(std, requires_grad=True)
+        sample = dreamerv2.truncated_sample(u, mean, std)
+        parts = sample, dreamerv2.truncated_logp(sample.detach(), mean, std), dreamerv2.truncated_entropy(mean, std)
+        for part in parts:
+            grads = torch.autograd.grad(part.sum(), (mean, std), retain_graph=True)
+            assert torch.isfinite(part).all() and all(torch.isfinite(x) for x in grads)
+        assert sample.abs().max() < 1
 
 
 def test_actor_loss():
@@ -455,6 +461,16 @@ def test_policy_sees_features_without_gradient(monkeypatch, rho):
     with torch.set_grad_enabled(rho < 1):
         feat, action, *_ = agent.imagine(post, batch["is_terminal"])
     assert seen == [False] * 3 and feat.requires_grad == action.requires_grad == (rho < 1)
+
+
+def test_total_loss():
+    """Image, vector and reward count once, KL and discount as their flags say."""
+    agent = agent_of(kl_scale=0.3, cont_scale=7.0)
+    stats = agent.update(random_batch(agent))
+    vector, reward, cont, kl, total = (
+        float(stats[f"losses/{key}"]) for key in ("vector", "reward", "cont", "kl", "total")
+    )
+    assert total == pytest.approx(vector + reward + 7 * cont + 0.3 * kl, rel=1e-5) and kl > 0.01
 
 
 @pytest.mark.parametrize("advantage", ["code", "paper"])

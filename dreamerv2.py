@@ -38,16 +38,18 @@ Where sources disagree:
 - rho weighs REINFORCE in Eq. 6: 1 for Atari, 0 for continuous control. A lecture has it reversed. The code's variable
   weighs the other side; "annealed from 0.1 to 0" in the paper speaks of that one.
 - The discount of Atari is 0.999, in the text and in every released configuration; 0.995 in the table only.
-- Atari's reward comes with the state it leads to, and a return begins with the reward of its own state. The code then
-  pairs an action with V_{t+1} - v_t, the paper with V_t - v_t: --advantage.
+- A reward comes with the state it leads to, and a return begins with the reward of its own state. The code then pairs
+  an action with V_{t+1} - v_t, the paper with V_t - v_t: --advantage.
+- All 18 Atari actions (paper, and here) or those that the game knows (code, --size atari-fast).
 - One update per 4 policy steps (paper, --size atari); the code counts so that it is one per 16 (--size atari-fast).
 
 Differs from paper and code, on purpose:
-- Size atari-fast by default, and 5M policy steps of it. ALE's vector environment resizes by area like the code's.
+- Size atari-fast by default, and 5M policy steps of it. bfloat16 in place of float16 with loss scaling.
 - Episodes shorter than a window, which the code drops, are used from their start, and the window runs on into the next
-  one. Windows begin without a state, as in the code, but the paper's keep their first action.
-- Before an episode has finished, what there is of it can be sampled; afterwards finished episodes only, as in the code.
-- An Atari episode cut at 108,000 frames bootstraps, as every time-out does here.
+  one; near the newest row, the last window there is. Windows begin without a state, as in the code, but the paper's
+  keep their first action.
+- Before an episode has finished, what there is of it can be sampled; afterwards finished episodes only, as in the code:
+  an episode that never ends is then never seen.
 - --schedules follows the number of updates, not of steps; actions are stopped in the REINFORCE part, as elsewhere.
 - Without layer norm the GRU cell keeps its form; in the paper's ablation it was another cell.
 """
@@ -86,7 +88,9 @@ class Args:
     env_kwargs: str = "{}"  # arguments for the environment, as JSON
     num_envs: int = 1  # environments stepped together; code: 1
     action_repeat: int | None = None  # frames per policy step; Atari 4, dm_control 2, else 1
-    atari_protocol: Literal["100k", "200m"] = "200m"  # 64x64 RGB, minimal actions | 64x64 gray, all 18, sticky 0.25
+    atari_protocol: Literal["100k", "200m"] = (
+        "200m"  # 64x64 RGB, few actions | gray, sticky 0.25, 18 actions, atari-fast few
+    )
     obs: Literal["vector", "image", "both"] = "image"  # dm_control only: state vectors, 64x64 camera, or both
     seed: int = 1  # of weights, sampling and environments
     size: Size = "auto"  # networks, losses, schedule; auto: atari-fast for ALE, dmc-* for dm_control, else small
@@ -104,7 +108,7 @@ class Args:
     lam: float = 0.95  # lambda of the returns, Table
     rho: float | None = None  # Eq. 6: 1 REINFORCE, 0 dynamics backpropagation; by default 1 for Discrete, 0 for Box
     schedules: bool = False  # anneal rho 0.9 -> 1 and the entropy scale 3e-3 -> 3e-4 over 2.5M steps: first release
-    advantage: Literal["paper", "code"] | None = None  # V_t - v_t | V_{t+1} - slow v_t; Atari as the paper, else code
+    advantage: Literal["paper", "code"] | None = None  # V_t - v_t | V_{t+1} - slow v_t; code, but for size atari
     entropy_scale: float | None = None  # Eq. 6; Atari 1e-3, dm_control 1e-4
     slow_every: int = 100  # updates between copies of the critic to the slow critic, Table
     learning_rate: float | None = None  # of the world model; Atari 2e-4
@@ -117,8 +121,8 @@ class Args:
     kl_balance: float = 0.8  # share of the KL that trains the prior, Algorithm 2; 0.5: the plain KL
     free_nats: float | None = None  # a KL below this, on average, is not optimised; 0, dm_control 1
     cont_scale: float | None = None  # of the loss of the discount predictor; 0: there is none. Atari 5; code
-    tanh_reward: bool | None = None  # squash rewards before they are predicted; Atari True
-    ends: bool | None = None  # favour windows at the ends of episodes, 51-fold; Atari True; code
+    tanh_reward: bool | None = None  # squash rewards before they are predicted; True for Atari, crafter
+    ends: bool | None = None  # favour the last window of an episode, T + 1 fold; code: not for dm_control
     latent: Literal["categorical", "gaussian"] = "categorical"  # Table 2
     gru_norm: bool = True  # layer norm in the GRU cell, Table 2
     norm: bool | None = None  # layer norm in all other layers; crafter True; code
@@ -161,12 +165,14 @@ ATARI = {**FAST, "total_timesteps": 50_000_000, "batch_size": 50, "train_every":
 DMC = dict(prefill=1000, pretrain=100, entropy_scale=1e-4, free_nats=1.0, cont_scale=0.0, tanh_reward=False, ends=False)
 DMC |= dict(total_timesteps=500_000, checkpoint_every=10_000, deter=200, hidden=200, **rates(3e-4, 8e-5, 8e-5))
 CRAFTER = dict(gamma=0.999, entropy_scale=3e-3, norm=True, **rates(1e-4, 1e-4, 1e-4))
+# small and debug are ours: for a CPU
 SMALL = dict(total_timesteps=50_000, prefill=1000, tanh_reward=False, checkpoint_every=10_000, stoch=16, classes=16)
 SMALL |= dict(deter=128, hidden=128, units=128, depth=16, **rates(1e-3, 3e-4, 3e-4))
 DEBUG = dict(total_timesteps=400, batch_size=4, batch_length=8, train_every=8.0, prefill=64, checkpoint_every=200)
 DEBUG |= dict(stoch=8, classes=8, deter=32, hidden=32, units=32, depth=4, tanh_reward=False)
 SIZES = {"debug": DEBUG, "small": SMALL, "atari": ATARI, "atari-fast": FAST, "dmc-vision": DMC, "dmc-proprio": DMC}
 SIZES |= {"crafter": CRAFTER}
+ANNEALED = {"entropy_scale": 3e-3}  # --schedules: where it begins
 SIDES = (64,)  # of images: the transposed convolutions end at 64
 
 
@@ -177,27 +183,29 @@ def resolve(args: Args) -> Args:
     Stops with exit code 2 where flags are impossible or contradict each other.
     """
     family = args.env_id.split("/")[0]
+    for name in ("rho", "entropy_scale"):
+        if args.schedules and getattr(args, name) not in (None, ANNEALED.get(name)):
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: --schedules anneals it; allowed: one of them")
     if args.size == "auto":
         dmc = "dmc-proprio" if args.obs == "vector" else "dmc-vision"
         args = replace(args, size={"ALE": "atari-fast", "dm_control": dmc}.get(family, "small"))
-    preset = {**CODE, **SIZES[args.size]}
+    preset = {**CODE, **SIZES[args.size], **(ANNEALED if args.schedules else {})}
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     rows = min(args.total_timesteps * 9 // 8, 2_000_000)  # an eighth for the rows of resets
     derived = {"action_repeat": {"ALE": 4, "dm_control": 2}.get(family, 1), "buffer_size": rows}
     args = replace(args, **{key: value for key, value in derived.items() if getattr(args, key) is None})
     positive = ["num_envs", "action_repeat", "total_timesteps", "batch_size", "train_every", "buffer_size", "stoch"]
     positive += ["checkpoint_every", "slow_every", "eval_episodes", "classes", "deter", "hidden", "units", "depth"]
+    positive += ["learning_rate", "actor_learning_rate", "critic_learning_rate", "clip", "eps"]
     for name, least in {**dict.fromkeys(positive, 0), "batch_length": 1, "imag_horizon": 1}.items():
         if getattr(args, name) <= least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than {least}")
-    for name in "prefill", "pretrain":
+    for name in "prefill", "pretrain", "kl_scale", "cont_scale", "free_nats", "entropy_scale", "weight_decay":
         if getattr(args, name) < 0:
-            fail(f"--{name} {getattr(args, name)}: allowed: 0 or more")
-    for name in "rho", "kl_balance":
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: 0 or more")
+    for name in "rho", "kl_balance", "gamma", "lam":
         if not 0 <= (getattr(args, name) or 0) <= 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: 0 to 1")
-    if args.schedules and args.rho is not None:
-        fail(f"--rho {args.rho}: --schedules anneals it; allowed: one of them")
     for name, only in ("obs", "dm_control"), ("atari_protocol", "ALE"):
         if getattr(args, name) != getattr(Args, name) and family != only:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: with --env-id {only}/... only")
@@ -349,7 +357,7 @@ def is_image(space):
 
 # DIFFERS(planet, dreamerv3): Encoder
 class Encoder(nn.Module):
-    """Observations -> embedding. Images: 4 x (4x4 convolution of stride 2, ELU): 64, 31, 14, 6, 2 wide. Vectors: 4."""
+    """Observations -> embedding. Images: 4 x (4x4 convolution of stride 2, ELU): 64, 31, 14, 6, 2. Vectors: an MLP."""
 
     def __init__(self, obs_space, args):
         super().__init__()
@@ -430,7 +438,9 @@ class Head(nn.Module):
         self.apply(init_weights)
 
     def forward(self, feat):
-        return self.out(self.mlp(feat)).float()
+        x = self.mlp(feat)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round a value of 150 to whole numbers
+            return self.out(x.float())
 
 
 # DIFFERS(dreamerv3): Actor
@@ -527,7 +537,7 @@ class RSSM(nn.Module):
         return mean, 2 * (raw / 2).sigmoid() + 0.1
 
     def draw(self, *shape):
-        """Noise for sample: (..., S, K) ~ Exp(1), which beats arg-max's need of a host; Gaussian: standard normal."""
+        """Noise for sample: (..., S, K) ~ Exp(1), which sample_onehot wants; Gaussian: (..., S, 1) standard normal."""
         device = self.inputs.weight.device
         if self.gaussian:
             return torch.randn(*shape, *self.shape, device=device)
@@ -535,10 +545,10 @@ class RSSM(nn.Module):
 
     def sample(self, logits, noise=None):
         """-> latents (..., S, K), with straight-through gradients; Gaussian: reparameterised. noise: of draw."""
-        dist = self.dist(logits)
+        dist, noise = self.dist(logits), self.draw(*logits.shape[:-2]) if noise is None else noise
         if not self.gaussian:
             return straight_through(sample_onehot(*dist, noise), dist[0].exp())
-        return dist[0][..., None] + dist[1][..., None] * (self.draw(*logits.shape[:-2]) if noise is None else noise)
+        return dist[0][..., None] + dist[1][..., None] * noise
 
     def core(self, deter, x):
         """h' = f(h, x): (N, D) and what the input layer makes of z and a, (N, U) -> (N, D)."""
@@ -729,7 +739,7 @@ class Agent(nn.Module):
         where also the state begins anew; is_first (B, T).
         """
         action = batch["action"]
-        action = self.onehot(action) if self.actor.discrete else action.flatten(2).float()  # (B, T, A)
+        action = self.onehot(action) if self.actor.discrete else action.reshape(*action.shape[:2], -1).float()
         action = torch.cat([torch.zeros_like(action[:, :1]), action[:, :-1]], 1)  # (B, T, A)
         is_first = torch.cat([torch.ones_like(batch["is_first"][:, :1]), batch["is_first"][:, 1:]], 1)  # (B, T)
         return action, is_first
@@ -759,14 +769,14 @@ class Agent(nn.Module):
         return action.cpu().numpy(), {**state, "action": vector}
 
     def model_losses(self, batch):
-        """Eq. 2, but for the KL. -> losses, each (B, T); features with gradient (B, T, F); posterior, with the prior's
-        logits; statistics.
+        """Eq. 2, but for the KL. -> losses, each (B, T); features (B, T, F); posterior, with "dists": the distributions
+        of posterior and prior that the KL is of; statistics.
         """
         args, (action, is_first) = self.args, self.windows(batch)
         with self.autocast():
             obs = self.encoder.preprocess({key: batch[key] for key in self.decoder.shapes})
             post = self.rssm.observe(self.encoder(obs), action, is_first, self.rssm.initial(len(action)))
-            post["prior_logits"] = self.rssm.prior(post["deter"])
+            prior_logits = self.rssm.prior(post["deter"])  # (B, T, S, K)
             feat = self.rssm.feat(post)  # (B, T, F)
             recon = self.decoder(feat if args.image_grad else feat.detach())
             reward = self.reward(feat if args.reward_grad else feat.detach())[..., 0]  # (B, T)
@@ -781,14 +791,13 @@ class Agent(nn.Module):
             cont = (1 - batch["is_terminal"].float()) * args.gamma  # (B, T)
             losses["cont"] = F.binary_cross_entropy_with_logits(cont_logit, cont, reduction="none")
         assert all(loss.shape == feat.shape[:2] for loss in losses.values())
-        dists = self.rssm.dist(post["logits"]), self.rssm.dist(post["prior_logits"])
-        stats = {}
+        dists, stats = (self.rssm.dist(post["logits"]), self.rssm.dist(prior_logits)), {}
         if not self.rssm.gaussian:
             names = ("post_entropy", "prior_entropy")
             stats = {
                 f"stats/{key}": -(x[0].exp() * x[0]).sum((-2, -1)).mean() for key, x in zip(names, dists, strict=True)
             }
-        return losses, feat, post, stats
+        return losses, feat, {**post, "dists": dists}, stats
 
     def imagine(self, post, is_terminal):
         """H steps from every replayed state, whose own gradient is stopped. post: {key: (B, T, ...)}.
@@ -844,8 +853,7 @@ class Agent(nn.Module):
         args, stats = self.args, {}
         model, _, post, more_stats = self.model_losses(batch)
         losses = {key: loss.mean() for key, loss in model.items()}
-        dists = self.rssm.dist(post["logits"]), self.rssm.dist(post["prior_logits"])
-        losses["kl"] = kl_loss(*dists, args.free_nats, args.kl_balance)
+        losses["kl"] = kl_loss(*post["dists"], args.free_nats, args.kl_balance)
         scales = {"kl": args.kl_scale, "cont": args.cont_scale}  # the others: 1
         losses["total"] = sum(scales.get(key, 1.0) * loss for key, loss in losses.items())
         grads = torch.autograd.grad(losses["total"], self.optimizer.groups["model"][0])
@@ -1223,7 +1231,8 @@ def film(video, seen):
 @torch.no_grad()
 def open_loop(agent, batch):
     """What the model knows: up to six windows side by side, with truth, model and error from top to bottom. It observes
-    a quarter (green bar) and predicts the rest from the actions (red). batch: Replay.sample -> uint8 (T, H, W, 3).
+    a quarter (green bar) and predicts the rest from the actions (red), not knowing of resets. batch: Replay.sample ->
+    uint8 (T, H, W, 3).
     """
     batch = {key: x[:6].to(agent.device) for key, x in batch.items()}
     obs, (action, is_first) = {key: batch[key] for key in agent.decoder.shapes}, agent.windows(batch)

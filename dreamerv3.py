@@ -712,7 +712,11 @@ class Agent(nn.Module):
 
     def action_vector(self, action):
         """Stored actions to model actions. Discrete: (B, T) -> (B, T, A) one-hot; Box: (B, T, ...) -> (B, T, A)."""
-        return self.onehot(action, self.actor.size) if self.actor.discrete else action.flatten(2).float()
+        return (
+            self.onehot(action, self.actor.size)
+            if self.actor.discrete
+            else action.reshape(*action.shape[:2], -1).float()
+        )
 
     @torch.no_grad()
     def act(self, obs, is_first, state, eval=False):

@@ -572,7 +572,7 @@ class Agent(nn.Module):
 
     def action_vector(self, action):
         """Stored actions to model actions. Discrete: (B, T) -> (B, T, A) one-hot; Box: (B, T, ...) -> (B, T, A)."""
-        return self.onehot(action) if self.discrete else action.flatten(2).float().clamp(-1, 1)
+        return self.onehot(action) if self.discrete else action.reshape(*action.shape[:2], -1).float().clamp(-1, 1)
 
     def played(self, scores):
         """Planned numbers (..., A) to model actions: clipped; Discrete: one-hot of the largest."""

@@ -246,6 +246,10 @@ def test_atari_action_sets():
         (dict(rho=1.5), "--rho 1.5"),
         (dict(kl_balance=-0.1), "--kl-balance -0.1"),
         (dict(rho=1.0, schedules=True), "--schedules"),
+        (dict(entropy_scale=1.0, schedules=True), "--schedules"),
+        (dict(gamma=1.5), "--gamma 1.5"),
+        (dict(kl_scale=-1.0), "--kl-scale -1"),
+        (dict(learning_rate=0.0), "--learning-rate 0"),
         (dict(imag_horizon=1), "--imag-horizon 1"),
         (dict(prefill=-1), "--prefill -1"),
         (dict(train_every=0.0), "--train-every 0"),
@@ -394,6 +398,11 @@ def test_who_learns_from_what(rho, action_space):
         found = {name.split(".")[0] for name, g in zip(names, grads, strict=True) if g is not None}
         allowed = {"actor", "rssm", "reward", "cont"} if key == "actor" and rho < 1 else {key}
         assert key in found and found <= allowed, (key, found)
+        if key == "actor":  # discrete: through straight-through samples
+            strength = max(
+                float(g.abs().max()) for name, g in zip(names, grads, strict=True) if name.startswith("actor")
+            )
+            assert ({"rssm", "reward"} <= found) == (rho < 1) and strength > 0
     before = {name: p.detach().clone() for name, p in everything.items()}
     agent.optimizer.groups["critic"], agent.optimizer.groups["model"] = ([], 0.0), ([], 0.0)
     agent.optimizer.step("actor", torch.autograd.grad(losses["actor"].mean(), agent.optimizer.groups["actor"][0]))
@@ -471,6 +480,45 @@ def test_total_loss():
         float(stats[f"losses/{key}"]) for key in ("vector", "reward", "cont", "kl", "total")
     )
     assert total == pytest.approx(vector + reward + 7 * cont + 0.3 * kl, rel=1e-5) and kl > 0.01
+
+
+def test_kl_of_posterior_from_prior():
+    """The KL of the update is that of the posterior from the prior, in this order, and trains the recurrence by both."""
+    agent, batch = agent_of(), random_batch(agent_of())
+    with torch.no_grad():
+        agent.rssm.post_out.weight.mul_(20)  # far from symmetric
+    torch.manual_seed(3)
+    losses, _, post, _ = agent.model_losses(batch)
+    logits = post["logits"], agent.rssm.prior(post["deter"])
+    forward, backward = (
+        torch.distributions.kl_divergence(*[torch.distributions.Categorical(logits=x) for x in pair]).sum(-1).mean()
+        for pair in (logits, logits[::-1])
+    )
+    assert abs(float(forward - backward)) > 0.1
+    (through_prior,) = torch.autograd.grad(post["dists"][1][0].sum(), agent.rssm.cell.gates.weight, retain_graph=True)
+    assert through_prior.abs().max() > 0
+    torch.manual_seed(3)
+    assert float(agent.update(batch)["losses/kl"]) == pytest.approx(float(forward), rel=1e-4)
+
+
+def test_learning_rates():
+    """Each group has its own parameters and its own rate, and together they have all but the slow critic's."""
+    agent = agent_of(learning_rate=1e-3, actor_learning_rate=2e-3, critic_learning_rate=3e-3)
+    groups = agent.optimizer.groups
+    assert {name: rate for name, (_, rate) in groups.items()} == {"model": 1e-3, "actor": 2e-3, "critic": 3e-3}
+    mine = {name: {id(p) for p in params} for name, (params, _) in groups.items()}
+    assert mine["actor"] == {id(p) for p in agent.actor.parameters()}
+    assert mine["critic"] == {id(p) for p in agent.critic.parameters()}
+    assert sum(map(len, mine.values())) == len(set.union(*mine.values())) == len(agent.params)
+
+
+def test_heads_are_not_rounded():
+    """With autocast to bfloat16 a value near 150 keeps its digits."""
+    head = dreamerv2.Head(8, 1, dreamerv2.resolve(dreamerv2.Args(env_id="X-v0", size="debug")))
+    torch.nn.init.constant_(head.out.bias, 150.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = head(torch.randn(1000, 8))
+    assert out.dtype == torch.float32 and len(out.unique()) > 500
 
 
 @pytest.mark.parametrize("advantage", ["code", "paper"])
@@ -578,6 +626,42 @@ def test_windows_of_finished_episodes():
     assert close(starts_of(recorded([30, 12, 4, 25])), expected)
 
 
+def test_windows_of_several_environments(tmp_path):
+    """Against brute force: rings of all sizes, episodes of all lengths, wrapped or not, saved and read back."""
+    rng, space = np.random.default_rng(0), spaces.Dict(vector=spaces.Box(-1, 1, (2,)))
+    make = lambda E, R, ends: dreamerv2.Replay(R * E, E, space, spaces.Discrete(2), torch.device("cpu"), ends)
+    for trial in range(60):
+        E, R, T, ends = int(rng.integers(1, 4)), int(rng.integers(12, 40)), int(rng.integers(2, 11)), bool(trial % 2)
+        replay, first, firsts = make(E, R, ends), np.ones(E, bool), []
+        for t in range(int(rng.integers(T, 150))):
+            last = rng.random(E) < 0.15
+            row = {"vector": np.float32([[t, e] for e in range(E)]), "reward": np.zeros(E), "action": np.zeros(E)}
+            replay.add({**row, "is_first": first, "is_last": last, "is_terminal": last})
+            firsts.append(first)
+            first = last
+            if rng.random() < 0.1 and replay.windows(T):
+                replay.sample(3, T)  # so that what is kept between samples has to be renewed
+        oldest, expected = max(0, replay.rows - R), set()
+        for e in range(E):
+            begins = np.flatnonzero(np.array(firsts)[:, e])
+            for a, b in zip(begins, begins[1:], strict=False):
+                if b > oldest:
+                    low = max(a, oldest)
+                    expected |= {(e, min(t, replay.rows - T)) for t in range(low, max(low, b - T) + 1)}
+        row, env = replay.sample(2000, T)["vector"].long().unbind(-1)
+        assert (env == env[:, :1]).all() and (row == row[:, :1] + torch.arange(T)).all()
+        found = set(zip(env[:, 0].tolist(), row[:, 0].tolist(), strict=True))
+        assert (found == expected or len(expected) > 200) if expected else found
+        assert found <= expected or not expected
+        other, state = make(E, R, ends), replay.save(tmp_path / str(trial))
+        other.load(tmp_path / str(trial), state)
+        batches = []
+        for x in replay, other:
+            torch.manual_seed(trial)
+            batches.append(x.sample(20, T))
+        assert all(torch.equal(x, batches[1][key]) for key, x in batches[0].items())
+
+
 def test_windows_prefer_ends():
     """ends: the last window has the probability (T + 1) / (places + T), as in the code."""
     expected = np.zeros(30 + 12 + 4 + 25)
@@ -620,7 +704,7 @@ def test_prefill_is_random(made, tmp_path, monkeypatch):
     args = short(dreamerv2, "CartPole-v1", tmp_path, prefill=40, total_timesteps=100, train_every=7.0, pretrain=3)
     result = dreamerv2.train(args)
     resets = int(made["Replay"][0].data["is_first"][: made["Replay"][0].rows].sum())
-    assert sum(seen) in range(40, 41 + resets) and seen == sorted(seen, reverse=True)
+    assert made["Replay"][0].ends and sum(seen) in range(40, 41 + resets) and seen == sorted(seen, reverse=True)
     assert result["updates"] in (1 + 3 + 59 // 7, 1 + 3 + 58 // 7)
 
 

@@ -481,7 +481,7 @@ def test_total_loss():
 
 
 def test_kl_of_posterior_from_prior():
-    """The KL of the update is that of the posterior from the prior, in this order, and trains the recurrence by both."""
+    """The KL of the update is that of the posterior from the prior, in this order; both train the recurrence."""
     agent, batch = agent_of(), random_batch(agent_of())
     with torch.no_grad():
         agent.rssm.post_out.weight.mul_(20)  # far from symmetric

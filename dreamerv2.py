@@ -176,7 +176,7 @@ ANNEALED = {"entropy_scale": 3e-3}  # --schedules: where it begins
 SIDES = (64,)  # of images: the transposed convolutions end at 64
 
 
-# DIFFERS(planet, dreamerv3): resolve
+# DIFFERS(planet, dreamerv3, merlin): resolve
 def resolve(args: Args) -> Args:
     """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
 
@@ -217,7 +217,7 @@ def resolve(args: Args) -> Args:
 # === Part 1: the algorithm ============================================================================================
 
 
-# SHARED(dreamerv2, dreamerv3): sample_onehot
+# SHARED(dreamerv2, dreamerv3, merlin): sample_onehot
 def sample_onehot(logp, noise=None):
     """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
 
@@ -240,7 +240,7 @@ def kl_categorical(logp, logq):
     return (logp.exp() * (logp - logq)).sum((-2, -1))
 
 
-# SHARED(planet, dreamerv2): kl_gaussian
+# SHARED(planet, dreamerv2, merlin): kl_gaussian
 def kl_gaussian(mean, std, mean2, std2):
     """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
     return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)
@@ -341,7 +341,7 @@ def layer_norm(size, on=True):
     return nn.LayerNorm(size, eps=1e-3) if on else nn.Identity()
 
 
-# DIFFERS(planet, dreamerv3): mlp
+# DIFFERS(planet, dreamerv3, merlin): mlp
 def mlp(inputs, units, layers, norm):
     """layers x (Linear, layer norm where asked for, ELU)."""
     sizes = [inputs] + layers * [units]
@@ -349,13 +349,13 @@ def mlp(inputs, units, layers, norm):
     return nn.Sequential(*[module for part in parts for module in part])
 
 
-# SHARED(planet, dreamerv2, dreamerv3): is_image
+# SHARED(planet, dreamerv2, dreamerv3, merlin): is_image
 def is_image(space):
     """uint8 of rank 3 goes to the convolutions, everything else to the MLP."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
 
 
-# DIFFERS(planet, dreamerv3): Encoder
+# DIFFERS(planet, dreamerv3, merlin): Encoder
 class Encoder(nn.Module):
     """Observations -> embedding. Images: 4 x (4x4 convolution of stride 2, ELU): 64, 31, 14, 6, 2. Vectors: an MLP."""
 
@@ -392,7 +392,7 @@ class Encoder(nn.Module):
         return torch.cat(tokens, -1)
 
 
-# DIFFERS(planet, dreamerv3): Decoder
+# DIFFERS(planet, dreamerv3, merlin): Decoder
 class Decoder(nn.Module):
     """Features -> means of unit-variance normals. Images: linear, then 4 transposed convolutions: 1, 5, 13, 30, 64."""
 
@@ -650,7 +650,7 @@ class Adam:
             own["count"].copy_(state[name]["count"])
 
 
-# SHARED(planet, dreamerv2): Captured
+# SHARED(planet, dreamerv2, merlin): Captured
 class Captured:
     """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
 
@@ -690,7 +690,7 @@ class Captured:
 # --- agent ------------------------------------------------------------------------------------------------------------
 
 
-# DIFFERS(planet, dreamerv3): Agent
+# DIFFERS(planet, dreamerv3, merlin): Agent
 class Agent(nn.Module):
     """World model, actor and critic, each with losses and an optimiser step of its own.
 
@@ -881,14 +881,14 @@ class Agent(nn.Module):
 # === Part 2: plumbing =================================================================================================
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): fail
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): fail
 def fail(message):
     """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): pick_device
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): pick_device
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
     cuda = torch.cuda.is_available()
@@ -914,7 +914,7 @@ def free_memory(device):
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
 
 
-# SHARED(planet, dreamerv2, dreamerv3): tune
+# SHARED(planet, dreamerv2, dreamerv3, merlin): tune
 def tune(args):
     """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
     again page by page is half of a CPU update.
@@ -1045,7 +1045,7 @@ class Replay:
 # --- environments -----------------------------------------------------------------------------------------------------
 
 
-# SHARED(planet, dreamerv2, dreamerv3): DMControl
+# SHARED(planet, dreamerv2, dreamerv3, merlin): DMControl
 class DMControl(gym.Env):
     """dm_control/<domain>-<task>-v0. Episodes end by time limit (discount still 1): truncated, not terminated."""
 
@@ -1172,7 +1172,7 @@ def make_envs(env_id, num_envs, seed, args):
     return envs
 
 
-# SHARED(planet, dreamerv2, dreamerv3): start_row
+# SHARED(planet, dreamerv2, dreamerv3, merlin): start_row
 def start_row(envs, seed):
     """Reset all environments -> their first rows."""
     obs, _ = envs.reset(seed=seed)
@@ -1180,7 +1180,7 @@ def start_row(envs, seed):
     return {**obs, "reward": np.float32(no), "is_first": yes, "is_last": no, "is_terminal": no}
 
 
-# SHARED(planet, dreamerv2, dreamerv3): next_row
+# SHARED(planet, dreamerv2, dreamerv3, merlin): next_row
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
     obs, reward, terminated, truncated, _ = envs.step(action)
@@ -1191,7 +1191,7 @@ def next_row(envs, action, row):
 # --- pictures, checkpoints, evaluation --------------------------------------------------------------------------------
 
 
-# SHARED(planet, dreamerv2, dreamerv3): save_gif
+# SHARED(planet, dreamerv2, dreamerv3, merlin): save_gif
 def save_gif(path, frames, writer=None, step=0):
     """uint8 (T, H, W, 3) -> animated GIF on disk and in TensorBoard, whose own add_video would need moviepy."""
     from PIL import Image
@@ -1207,7 +1207,7 @@ def save_gif(path, frames, writer=None, step=0):
         writer._get_file_writer().add_summary(Summary(value=[value]), step)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): picture
+# SHARED(planet, dreamerv2, dreamerv3, merlin): picture
 def picture(obs):
     """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the vectors as gray cells."""
     images = [obs[key] for key in sorted(obs) if obs[key].dim() == 5]
@@ -1266,7 +1266,7 @@ def dream(agent, args, steps=64):
         return film(picture(shown(agent.decoder(feat))), seen=1)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): evaluate
+# SHARED(planet, dreamerv2, dreamerv3, merlin): evaluate
 def evaluate(agent, args, episodes, video=None):
     """Play whole episodes without exploration noise; the random state of training is left as it was.
 
@@ -1294,7 +1294,7 @@ def evaluate(agent, args, episodes, video=None):
     return [score for mine, share in zip(scores, wanted, strict=True) for score in mine[:share]]
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): save
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): save
 def save(path, **state):
     """Atomic: either the whole new file stands under its name, or still the old one, and nothing beside it."""
     temporary = Path(path).with_suffix(".tmp")
@@ -1308,7 +1308,7 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): load
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): load
 def load(path, device, need=()):
     """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
@@ -1321,7 +1321,7 @@ def load(path, device, need=()):
         fail(f"{path}: cannot be read ({type(error).__name__}: {text}); allowed: a checkpoint.pt")
 
 
-# SHARED(planet, dreamerv2, dreamerv3): merge
+# SHARED(planet, dreamerv2, dreamerv3, merlin): merge
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
 
@@ -1338,7 +1338,7 @@ def merge(args, path, saved, free):
     return replace(Args(**saved), **{name: value for name, value in asked.items() if name in free})
 
 
-# SHARED(planet, dreamerv2, dreamerv3): restore_weights
+# SHARED(planet, dreamerv2, dreamerv3, merlin): restore_weights
 def restore_weights(agent, state, path):
     """Load a state_dict, or stop with one line where shapes differ."""
     try:
@@ -1380,7 +1380,7 @@ def show(args):
 # === Part 3: training =================================================================================================
 
 
-# DIFFERS(planet, dreamerv3): describe
+# DIFFERS(planet, dreamerv3, merlin): describe
 def describe(args, agent, replay, run_dir):
     """Say what is about to run, before it takes hours."""
     gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
@@ -1398,7 +1398,7 @@ def describe(args, agent, replay, run_dir):
     print(f"length    {steps}{late}", flush=True)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): open_writer
+# SHARED(planet, dreamerv2, dreamerv3, merlin): open_writer
 def open_writer(args, run_dir, step):
     """TensorBoard, mirrored to Weights & Biases with --track."""
     from torch.utils.tensorboard import SummaryWriter
@@ -1414,7 +1414,7 @@ def open_writer(args, run_dir, step):
     return writer
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): finite
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): finite
 def finite(stats):
     """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
     update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
@@ -1488,7 +1488,7 @@ def restore(saved, args, agent, replay, envs, run_dir):
     return now, row, state
 
 
-# DIFFERS(planet, dreamerv3): learn
+# DIFFERS(planet, dreamerv3, merlin): learn
 def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics.
 
@@ -1540,7 +1540,7 @@ def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     return finite(stats)
 
 
-# DIFFERS(planet, dreamerv3): train
+# DIFFERS(planet, dreamerv3, merlin): train
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
     modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]

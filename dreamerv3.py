@@ -149,7 +149,7 @@ ABLATE = {"kl": dict(free_nats=0.0, dyn_scale=1.0, rep_scale=1.0), "unimix": dic
 ABLATE |= {"symlog": dict(bins=1)}
 
 
-# DIFFERS(planet, dreamerv2): resolve
+# DIFFERS(planet, dreamerv2, merlin): resolve
 def resolve(args: Args) -> Args:
     """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
 
@@ -247,7 +247,7 @@ def unimix(logits, mix):
     return ((1 - mix) * logp.exp() + mix / logits.shape[-1]).log() if mix else logp
 
 
-# SHARED(dreamerv2, dreamerv3): sample_onehot
+# SHARED(dreamerv2, dreamerv3, merlin): sample_onehot
 def sample_onehot(logp, noise=None):
     """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
 
@@ -351,7 +351,7 @@ class BlockLinear(nn.Module):
         return y.transpose(0, 1).reshape(*x.shape[:-1], blocks * outputs)
 
 
-# DIFFERS(planet, dreamerv2): mlp
+# DIFFERS(planet, dreamerv2, merlin): mlp
 def mlp(inputs, units, layers):
     """layers x (Linear, RMSNorm, SiLU), the order used everywhere."""
     sizes = [inputs] + layers * [units]
@@ -375,13 +375,13 @@ def init_weights(module, outscale=1.0):
         nn.init.trunc_normal_(weight, std=sigma, a=-2 * sigma, b=2 * sigma)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): is_image
+# SHARED(planet, dreamerv2, dreamerv3, merlin): is_image
 def is_image(space):
     """uint8 of rank 3 goes to the convolutions, everything else to the MLP."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
 
 
-# DIFFERS(planet, dreamerv2): Encoder
+# DIFFERS(planet, dreamerv2, merlin): Encoder
 class Encoder(nn.Module):
     """Observations -> embedding. Vectors: symlog, 3 layers. Images, stacked on channels: 4 x (5x5, max-pool, norm)."""
 
@@ -434,7 +434,7 @@ def upsample_conv(x, conv):
     return y.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
-# DIFFERS(planet, dreamerv2): Decoder
+# DIFFERS(planet, dreamerv2, merlin): Decoder
 class Decoder(nn.Module):
     """Features -> predicted observations: vectors as Encoder.squash gives them, images in 0 to 1."""
 
@@ -670,7 +670,7 @@ class LaProp:
 # --- agent ------------------------------------------------------------------------------------------------------------
 
 
-# DIFFERS(planet, dreamerv2): Agent
+# DIFFERS(planet, dreamerv2, merlin): Agent
 class Agent(nn.Module):
     """World model, actor and critic, trained together by one loss and one optimiser.
 
@@ -712,11 +712,8 @@ class Agent(nn.Module):
 
     def action_vector(self, action):
         """Stored actions to model actions. Discrete: (B, T) -> (B, T, A) one-hot; Box: (B, T, ...) -> (B, T, A)."""
-        return (
-            self.onehot(action, self.actor.size)
-            if self.actor.discrete
-            else action.reshape(*action.shape[:2], -1).float()
-        )
+        onehot = self.actor.discrete
+        return self.onehot(action, self.actor.size) if onehot else action.reshape(*action.shape[:2], -1).float()
 
     @torch.no_grad()
     def act(self, obs, is_first, state, eval=False):
@@ -871,14 +868,14 @@ class Agent(nn.Module):
 # === Part 2: plumbing =================================================================================================
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): fail
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): fail
 def fail(message):
     """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): pick_device
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): pick_device
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
     cuda = torch.cuda.is_available()
@@ -904,7 +901,7 @@ def free_memory(device):
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
 
 
-# SHARED(planet, dreamerv2, dreamerv3): tune
+# SHARED(planet, dreamerv2, dreamerv3, merlin): tune
 def tune(args):
     """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
     again page by page is half of a CPU update.
@@ -1021,7 +1018,7 @@ class Replay:
 # --- environments -----------------------------------------------------------------------------------------------------
 
 
-# SHARED(planet, dreamerv2, dreamerv3): DMControl
+# SHARED(planet, dreamerv2, dreamerv3, merlin): DMControl
 class DMControl(gym.Env):
     """dm_control/<domain>-<task>-v0. Episodes end by time limit (discount still 1): truncated, not terminated."""
 
@@ -1093,7 +1090,7 @@ def adapt(env, args, repeat):
     return gym.wrappers.TransformObservation(env, as_dict, space)
 
 
-# SHARED(planet, dreamerv3): atari_envs
+# SHARED(planet, dreamerv3, merlin): atari_envs
 def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
     small = args.atari_protocol == "100k"
@@ -1148,7 +1145,7 @@ def make_envs(env_id, num_envs, seed, args):
     return envs
 
 
-# SHARED(planet, dreamerv2, dreamerv3): start_row
+# SHARED(planet, dreamerv2, dreamerv3, merlin): start_row
 def start_row(envs, seed):
     """Reset all environments -> their first rows."""
     obs, _ = envs.reset(seed=seed)
@@ -1156,7 +1153,7 @@ def start_row(envs, seed):
     return {**obs, "reward": np.float32(no), "is_first": yes, "is_last": no, "is_terminal": no}
 
 
-# SHARED(planet, dreamerv2, dreamerv3): next_row
+# SHARED(planet, dreamerv2, dreamerv3, merlin): next_row
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
     obs, reward, terminated, truncated, _ = envs.step(action)
@@ -1167,7 +1164,7 @@ def next_row(envs, action, row):
 # --- pictures, checkpoints, evaluation --------------------------------------------------------------------------------
 
 
-# SHARED(planet, dreamerv2, dreamerv3): save_gif
+# SHARED(planet, dreamerv2, dreamerv3, merlin): save_gif
 def save_gif(path, frames, writer=None, step=0):
     """uint8 (T, H, W, 3) -> animated GIF on disk and in TensorBoard, whose own add_video would need moviepy."""
     from PIL import Image
@@ -1183,7 +1180,7 @@ def save_gif(path, frames, writer=None, step=0):
         writer._get_file_writer().add_summary(Summary(value=[value]), step)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): picture
+# SHARED(planet, dreamerv2, dreamerv3, merlin): picture
 def picture(obs):
     """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the vectors as gray cells."""
     images = [obs[key] for key in sorted(obs) if obs[key].dim() == 5]
@@ -1236,7 +1233,7 @@ def dream(agent, args, steps=64):
         return film(picture(agent.decoder(feat)), seen=1)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): evaluate
+# SHARED(planet, dreamerv2, dreamerv3, merlin): evaluate
 def evaluate(agent, args, episodes, video=None):
     """Play whole episodes without exploration noise; the random state of training is left as it was.
 
@@ -1264,7 +1261,7 @@ def evaluate(agent, args, episodes, video=None):
     return [score for mine, share in zip(scores, wanted, strict=True) for score in mine[:share]]
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): save
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): save
 def save(path, **state):
     """Atomic: either the whole new file stands under its name, or still the old one, and nothing beside it."""
     temporary = Path(path).with_suffix(".tmp")
@@ -1278,7 +1275,7 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): load
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): load
 def load(path, device, need=()):
     """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
@@ -1291,7 +1288,7 @@ def load(path, device, need=()):
         fail(f"{path}: cannot be read ({type(error).__name__}: {text}); allowed: a checkpoint.pt")
 
 
-# SHARED(planet, dreamerv2, dreamerv3): merge
+# SHARED(planet, dreamerv2, dreamerv3, merlin): merge
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
 
@@ -1308,7 +1305,7 @@ def merge(args, path, saved, free):
     return replace(Args(**saved), **{name: value for name, value in asked.items() if name in free})
 
 
-# SHARED(planet, dreamerv2, dreamerv3): restore_weights
+# SHARED(planet, dreamerv2, dreamerv3, merlin): restore_weights
 def restore_weights(agent, state, path):
     """Load a state_dict, or stop with one line where shapes differ."""
     try:
@@ -1350,7 +1347,7 @@ def show(args):
 # === Part 3: training =================================================================================================
 
 
-# DIFFERS(planet, dreamerv2): describe
+# DIFFERS(planet, dreamerv2, merlin): describe
 def describe(args, agent, replay, run_dir, needed):
     """Say what is about to run, before it takes hours. needed: rows at the first update."""
     gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
@@ -1367,7 +1364,7 @@ def describe(args, agent, replay, run_dir, needed):
     print(f"length    {steps}{late}", flush=True)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): open_writer
+# SHARED(planet, dreamerv2, dreamerv3, merlin): open_writer
 def open_writer(args, run_dir, step):
     """TensorBoard, mirrored to Weights & Biases with --track."""
     from torch.utils.tensorboard import SummaryWriter
@@ -1383,7 +1380,7 @@ def open_writer(args, run_dir, step):
     return writer
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): finite
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): finite
 def finite(stats):
     """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
     update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
@@ -1457,7 +1454,7 @@ def restore(saved, args, agent, replay, envs, run_dir):
     return now, row, state
 
 
-# DIFFERS(planet, dreamerv2): learn
+# DIFFERS(planet, dreamerv2, merlin): learn
 def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics.
 
@@ -1509,7 +1506,7 @@ def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     return finite(stats)
 
 
-# DIFFERS(planet, dreamerv2): train
+# DIFFERS(planet, dreamerv2, merlin): train
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
     modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]

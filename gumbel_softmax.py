@@ -673,14 +673,14 @@ class Agent(nn.Module):
 # === Part 2: plumbing =================================================================================================
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): fail
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): fail
 def fail(message):
     """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): pick_device
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): pick_device
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
     cuda = torch.cuda.is_available()
@@ -828,7 +828,7 @@ def paper(args):
     return row[PAPER.index(args.estimator)] if row and args.estimator in PAPER else None
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): save
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): save
 def save(path, **state):
     """Atomic: either the whole new file stands under its name, or still the old one, and nothing beside it."""
     temporary = Path(path).with_suffix(".tmp")
@@ -842,7 +842,7 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): load
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): load
 def load(path, device, need=()):
     """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
@@ -1142,7 +1142,7 @@ def control(args):
 # === Part 3: training =================================================================================================
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): finite
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): finite
 def finite(stats):
     """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
     update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.

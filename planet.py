@@ -139,7 +139,7 @@ REPEATS = {"cartpole": 8, "reacher": 4, "cheetah": 4, "finger": 2, "ball_in_cup"
 SIDES = (64,)  # of images: the transposed convolutions end at 64
 
 
-# DIFFERS(dreamerv2, dreamerv3): resolve
+# DIFFERS(dreamerv2, dreamerv3, merlin): resolve
 def resolve(args: Args) -> Args:
     """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
 
@@ -187,7 +187,7 @@ def preprocess(image, bits, noise=None):
     return torch.div(image, 2 ** (8 - bits), rounding_mode="floor").float() / 2**bits + noise - 0.5
 
 
-# SHARED(planet, dreamerv2): kl_gaussian
+# SHARED(planet, dreamerv2, merlin): kl_gaussian
 def kl_gaussian(mean, std, mean2, std2):
     """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
     return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)
@@ -232,20 +232,20 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-# DIFFERS(dreamerv2, dreamerv3): mlp
+# DIFFERS(dreamerv2, dreamerv3, merlin): mlp
 def mlp(sizes):
     """Linear layers with ReLU after each."""
     parts = [(nn.Linear(a, b), nn.ReLU()) for a, b in zip(sizes, sizes[1:], strict=False)]
     return nn.Sequential(*[module for part in parts for module in part])
 
 
-# SHARED(planet, dreamerv2, dreamerv3): is_image
+# SHARED(planet, dreamerv2, dreamerv3, merlin): is_image
 def is_image(space):
     """uint8 of rank 3 goes to the convolutions, everything else to the MLP."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
 
 
-# DIFFERS(dreamerv2, dreamerv3): Encoder
+# DIFFERS(dreamerv2, dreamerv3, merlin): Encoder
 class Encoder(nn.Module):
     """Observations -> embedding. Images: 4 x (4x4 convolution of stride 2, ReLU): 64, 31, 14, 6, 2 pixels wide."""
 
@@ -279,7 +279,7 @@ class Encoder(nn.Module):
         return torch.cat(tokens, -1)
 
 
-# DIFFERS(dreamerv2, dreamerv3): Decoder
+# DIFFERS(dreamerv2, dreamerv3, merlin): Decoder
 class Decoder(nn.Module):
     """Features -> means of unit-variance normals. Images: linear, then 4 transposed convolutions: 1, 5, 13, 30, 64."""
 
@@ -492,7 +492,7 @@ class Adam:
         self.count.copy_(state["count"])
 
 
-# SHARED(planet, dreamerv2): Captured
+# SHARED(planet, dreamerv2, merlin): Captured
 class Captured:
     """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
 
@@ -532,7 +532,7 @@ class Captured:
 # --- agent ------------------------------------------------------------------------------------------------------------
 
 
-# DIFFERS(dreamerv2, dreamerv3): Agent
+# DIFFERS(dreamerv2, dreamerv3, merlin): Agent
 class Agent(nn.Module):
     """World model and planner.
 
@@ -686,14 +686,14 @@ class Agent(nn.Module):
 # === Part 2: plumbing =================================================================================================
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): fail
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): fail
 def fail(message):
     """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): pick_device
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): pick_device
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
     cuda = torch.cuda.is_available()
@@ -719,7 +719,7 @@ def free_memory(device):
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
 
 
-# SHARED(planet, dreamerv2, dreamerv3): tune
+# SHARED(planet, dreamerv2, dreamerv3, merlin): tune
 def tune(args):
     """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
     again page by page is half of a CPU update.
@@ -845,7 +845,7 @@ class Replay:
 # --- environments -----------------------------------------------------------------------------------------------------
 
 
-# SHARED(planet, dreamerv2, dreamerv3): DMControl
+# SHARED(planet, dreamerv2, dreamerv3, merlin): DMControl
 class DMControl(gym.Env):
     """dm_control/<domain>-<task>-v0. Episodes end by time limit (discount still 1): truncated, not terminated."""
 
@@ -917,7 +917,7 @@ def adapt(env, args, repeat):
     return gym.wrappers.TransformObservation(env, as_dict, space)
 
 
-# SHARED(planet, dreamerv3): atari_envs
+# SHARED(planet, dreamerv3, merlin): atari_envs
 def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
     small = args.atari_protocol == "100k"
@@ -972,7 +972,7 @@ def make_envs(env_id, num_envs, seed, args):
     return envs
 
 
-# SHARED(planet, dreamerv2, dreamerv3): start_row
+# SHARED(planet, dreamerv2, dreamerv3, merlin): start_row
 def start_row(envs, seed):
     """Reset all environments -> their first rows."""
     obs, _ = envs.reset(seed=seed)
@@ -980,7 +980,7 @@ def start_row(envs, seed):
     return {**obs, "reward": np.float32(no), "is_first": yes, "is_last": no, "is_terminal": no}
 
 
-# SHARED(planet, dreamerv2, dreamerv3): next_row
+# SHARED(planet, dreamerv2, dreamerv3, merlin): next_row
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
     obs, reward, terminated, truncated, _ = envs.step(action)
@@ -991,7 +991,7 @@ def next_row(envs, action, row):
 # --- pictures, checkpoints, evaluation --------------------------------------------------------------------------------
 
 
-# SHARED(planet, dreamerv2, dreamerv3): save_gif
+# SHARED(planet, dreamerv2, dreamerv3, merlin): save_gif
 def save_gif(path, frames, writer=None, step=0):
     """uint8 (T, H, W, 3) -> animated GIF on disk and in TensorBoard, whose own add_video would need moviepy."""
     from PIL import Image
@@ -1007,7 +1007,7 @@ def save_gif(path, frames, writer=None, step=0):
         writer._get_file_writer().add_summary(Summary(value=[value]), step)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): picture
+# SHARED(planet, dreamerv2, dreamerv3, merlin): picture
 def picture(obs):
     """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the vectors as gray cells."""
     images = [obs[key] for key in sorted(obs) if obs[key].dim() == 5]
@@ -1073,7 +1073,7 @@ def dream(agent, args, steps=45):
         return film(picture(shown(agent.decoder(torch.stack(feats, 1)))), seen=1)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): evaluate
+# SHARED(planet, dreamerv2, dreamerv3, merlin): evaluate
 def evaluate(agent, args, episodes, video=None):
     """Play whole episodes without exploration noise; the random state of training is left as it was.
 
@@ -1101,7 +1101,7 @@ def evaluate(agent, args, episodes, video=None):
     return [score for mine, share in zip(scores, wanted, strict=True) for score in mine[:share]]
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): save
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): save
 def save(path, **state):
     """Atomic: either the whole new file stands under its name, or still the old one, and nothing beside it."""
     temporary = Path(path).with_suffix(".tmp")
@@ -1115,7 +1115,7 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): load
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): load
 def load(path, device, need=()):
     """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
@@ -1128,7 +1128,7 @@ def load(path, device, need=()):
         fail(f"{path}: cannot be read ({type(error).__name__}: {text}); allowed: a checkpoint.pt")
 
 
-# SHARED(planet, dreamerv2, dreamerv3): merge
+# SHARED(planet, dreamerv2, dreamerv3, merlin): merge
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
 
@@ -1145,7 +1145,7 @@ def merge(args, path, saved, free):
     return replace(Args(**saved), **{name: value for name, value in asked.items() if name in free})
 
 
-# SHARED(planet, dreamerv2, dreamerv3): restore_weights
+# SHARED(planet, dreamerv2, dreamerv3, merlin): restore_weights
 def restore_weights(agent, state, path):
     """Load a state_dict, or stop with one line where shapes differ."""
     try:
@@ -1227,7 +1227,7 @@ def show(args):
 # === Part 3: training =================================================================================================
 
 
-# DIFFERS(dreamerv2, dreamerv3): describe
+# DIFFERS(dreamerv2, dreamerv3, merlin): describe
 def describe(args, agent, replay, run_dir):
     """Say what is about to run, before it takes hours."""
     gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
@@ -1246,7 +1246,7 @@ def describe(args, agent, replay, run_dir):
     print(f"length    {steps}", flush=True)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): open_writer
+# SHARED(planet, dreamerv2, dreamerv3, merlin): open_writer
 def open_writer(args, run_dir, step):
     """TensorBoard, mirrored to Weights & Biases with --track."""
     from torch.utils.tensorboard import SummaryWriter
@@ -1262,7 +1262,7 @@ def open_writer(args, run_dir, step):
     return writer
 
 
-# SHARED(planet, dreamerv2, dreamerv3, gumbel_softmax): finite
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): finite
 def finite(stats):
     """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
     update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
@@ -1336,7 +1336,7 @@ def restore(saved, args, agent, replay, envs, run_dir):
     return now, row, state
 
 
-# DIFFERS(dreamerv2, dreamerv3): learn
+# DIFFERS(dreamerv2, dreamerv3, merlin): learn
 def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics.
 
@@ -1388,7 +1388,7 @@ def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     return finite(stats)
 
 
-# DIFFERS(dreamerv2, dreamerv3): train
+# DIFFERS(dreamerv2, dreamerv3, merlin): train
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
     modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]

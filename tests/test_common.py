@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 AGENTS = ["planet", "dreamerv2", "dreamerv3"]  # these act in environments
-FILES = [*AGENTS, "gumbel_softmax"]
+FILES = [*AGENTS, "merlin", "gumbel_softmax"]  # merlin acts too, without replay and imagination: a suite of its own
 BOX, CPU = spaces.Box(-1, 1, (2,)), torch.device("cpu")
 
 

@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TARGETS = {
     "planet": 1300,
     "dreamerv2": 1420,
+    "merlin": 1190,
     "dreamerv3": 1380,
     "gumbel_softmax": 1150,
 }  # lines without markers; a file may exceed its target by a tenth
@@ -44,8 +45,8 @@ COMPOUND = ast.If | ast.For | ast.While | ast.With | ast.Try | ast.FunctionDef |
 file = pytest.mark.parametrize("name", FILES)
 DEBUG = ["--size", "debug", "--device", "cpu"]  # with the flags of SHORT a run of seconds; its folder begins with RUN
 SHORT = {name: ["--env-id", "CartPole-v1", "--total-timesteps", 120] for name in AGENTS}
-SHORT |= {"gumbel_softmax": ["--estimator", "st", "--total-steps", 20]}
-RUN = {name: "CartPole-v1" for name in AGENTS} | {"gumbel_softmax": "vae-categorical-st"}
+SHORT |= {"merlin": ["--total-timesteps", 200], "gumbel_softmax": ["--estimator", "st", "--total-steps", 20]}
+RUN = {name: "CartPole-v1" for name in AGENTS} | {"merlin": "MemoryGame-6-v0", "gumbel_softmax": "vae-categorical-st"}
 
 
 def read(name):
@@ -206,7 +207,7 @@ def test_copy_out(name, tmp_path):
     assert str(run.relative_to(folder)) in result.stdout
 
 
-@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("name", [*AGENTS, "merlin"])
 def test_your_own_environment(name, tmp_path):
     """Twelve lines of one's own, in a module beside the copied file, are all that --env-id needs."""
     shutil.copy(ROOT / f"{name}.py", tmp_path)

@@ -1,0 +1,1327 @@
+# SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch==2.13.0", "numpy", "gymnasium>=1.3", "ale-py", "dm_control", "mujoco>=3.17,<4", "tyro", "tensorboard",
+# ]
+# ///
+"""MERLIN: a memory whose contents are learned by prediction, read by a policy that cannot write. With its baselines.
+
+Paper: Wayne et al., "Unsupervised Predictive Memory in a Goal-Directed Agent", arXiv 1803.10760 (2018). "Algorithm 1"
+is that of the paper, "lecture" the course NPFL139, whose memory game this file plays.
+
+    python merlin.py                                      MERLIN on the memory game with 6 cards, on a CPU in minutes
+    python merlin.py --agent rl_mem                       the same memory, trained by reinforcement alone; or rl_lstm
+    python merlin.py --env-id MemoryGame-8-v0             4, 6, 8, ... cards; --env-kwargs '{"image": true}': as pixels
+    python merlin.py --env-id MiniGrid-MemoryS11-v0       any other gymnasium id, with Discrete actions
+    python merlin.py --resume runs/...                    go on where the last checkpoint stands
+    python merlin.py --eval runs/.../checkpoint.pt        play 10 episodes, print the returns, save eval.gif
+    python merlin.py --analyse runs/.../checkpoint.pt     which row is read when, and what is predicted: analysis.png
+
+Analysis of the paper: --no-return-grad, --alpha-obs 0 --alpha-image 0, --retroactive none, --no-prior.
+
+From Python:
+    import merlin
+    args = merlin.Args(size="debug", device="cpu")
+    result = merlin.train(args)
+    agent, args = merlin.load_agent(result["run_dir"])
+    print(merlin.evaluate(agent, args, episodes=10))
+
+Symbols in shapes: N environments, T steps of a window, A actions, E embedding, Z latent variables, W = 2*Z numbers of a
+memory row, R rows of the memory, K read keys of the predictor, L layers and U units of the LSTMs.
+
+A row of experience holds obs_t, the reward that arrived with it, is_first, is_last, is_terminal, and the action chosen
+after seeing obs_t. The agent at row t sees obs[t], reward[t] and action[t-1]; at is_first it forgets everything.
+
+Differs from the paper, on purpose:
+- Many environments in step with each other, instead of asynchronous workers; windows of T steps, through which
+  gradients flow, while state is carried from window to window.
+- What is written to memory has no gradient in MERLIN: latents are shaped by their own decoder. In RL-MEM it has one.
+- A time-out bootstraps, as everywhere in this repository; the paper does not speak of it.
+- Usage counts the reads of the predictor, not those of the policy. It matters in episodes longer than the memory only.
+- Every checkpoint begins new episodes, so that a resumed run equals an uninterrupted one without environments' state.
+- Learning rates, entropy and weights of size small are ours, found on the memory game.
+"""
+
+import ctypes
+import difflib
+import importlib.util
+import io
+import json
+import os
+import random
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from gymnasium import spaces
+from torch import nn
+
+SOURCE = Path(__file__).read_text(encoding="utf-8")  # goes into every checkpoint: the code that really ran
+
+
+@dataclass
+class Args:
+    env_id: str = "MemoryGame-6-v0"  # MemoryGame-<cards>-v0, or any gymnasium id (module:Id too), Discrete actions
+    env_kwargs: str = "{}"  # arguments for the environment, as JSON
+    agent: Literal["merlin", "rl_mem", "rl_lstm"] = "merlin"  # the baselines learn by reinforcement alone
+    num_envs: int | None = None  # environments stepped together; by --size
+    action_repeat: int | None = None  # frames per policy step; Atari 4, dm_control 2, else 1
+    atari_protocol: Literal["100k", "200m"] = "100k"  # 64x64 RGB, minimal actions; 200m: 96x96, which merlin refuses
+    obs: Literal["vector", "image", "both"] = "vector"  # dm_control only, whose actions merlin refuses
+    seed: int = 1  # of weights, sampling and environments
+    size: Literal["debug", "small", "paper"] = "small"  # networks, window and rates; small: the memory game on a CPU
+    total_timesteps: int | None = None  # steps of all environments together; small 500_000
+    window: int | None = None  # T, steps through which gradients flow; memory game: an episode, paper 20
+    checkpoint_every: int | None = None  # steps between checkpoints, which begin new episodes; 100_000
+    log_every: float = 10.0  # seconds between progress lines and between records of scalars
+    gamma: float | None = None  # discount, of rewards and of the retroactive memory; paper 0.96
+    lam: float | None = None  # lambda of the advantages; paper 0.9
+    entropy_scale: float | None = None  # of the policy; paper 0.01
+    learning_rate: float | None = None  # of the predictor (Adam); paper 1e-4
+    policy_learning_rate: float | None = None  # of the policy, and of the baselines
+    clip: float = 10.0  # largest gradient norm of the policy, and of the baselines
+    predictor_clip: float = 500.0  # largest gradient norm of the predictor
+    value_scale: float = 0.5  # of the baselines' value error
+    alpha_image: float = 10.0  # squared error of pixels in 0 to 1, summed; the KL has weight 1
+    alpha_obs: float = 50.0  # of other observations; with 1, random symbols are not worth their nats: nothing is stored
+    alpha_action: float = 50.0  # of the previous action
+    alpha_reward: float = 50.0  # of the previous reward
+    alpha_return: float = 1.0  # of value and advantage; with 20 symbols are forgotten for it
+    retroactive: Literal["paper", "lecture", "none"] = "paper"  # second half of rows: what came after | from the row on
+    prior: bool = True  # learned from the past; without: standard normal
+    return_grad: bool = True  # return prediction shapes the latents
+    stoch: int | None = None  # Z; by --size, as the six below: paper 200
+    hidden: int | None = None  # U; paper 256
+    units: int | None = None  # of the hidden layers of policy, value and decoder; paper 200
+    depth: int | None = None  # channels of the residual blocks; paper 64
+    keys: int | None = None  # K; paper 3
+    rows: int | None = None  # R; memory game: those of an episode; paper 1350
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    bf16: bool = True  # TF32 products on a GPU, bfloat16 ones on a CPU with AMX
+    cuda_graph: bool = True  # replay the step of acting, and the whole update, as CUDA graphs on a GPU
+    torch_deterministic: bool = False  # ask cuDNN for deterministic kernels
+    exp_name: str = Path(__file__).stem  # names the run
+    run_root: str = "runs"  # folder of the run folders
+    resume: str | None = None  # run folder or checkpoint to go on from
+    eval: str | None = None  # run folder or checkpoint to evaluate
+    eval_episodes: int = 10  # episodes of --eval
+    analyse: str | None = None  # run folder or checkpoint to draw analysis.png of (needs matplotlib)
+    capture_video: bool = False  # GIF of an episode at each checkpoint; agents that see only vectors: as rendered
+    track: bool = False  # mirror TensorBoard to Weights & Biases (after: pip install wandb)
+    wandb_project_name: str = "cleandream"  # with --track
+    wandb_entity: str | None = None  # with --track
+
+
+PAPER = dict(total_timesteps=100_000_000, num_envs=32, window=20, checkpoint_every=1_000_000, gamma=0.96, lam=0.9)
+PAPER |= dict(entropy_scale=0.01, learning_rate=1e-4, policy_learning_rate=1e-4)
+PAPER |= dict(stoch=200, hidden=256, units=200, depth=64, keys=3, rows=1350)
+SMALL = dict(total_timesteps=500_000, window=16, checkpoint_every=100_000, gamma=0.95, lam=0.95, entropy_scale=0.1)
+SMALL |= dict(learning_rate=3e-3, policy_learning_rate=1e-3, stoch=16, hidden=64, units=64, depth=16, rows=64)
+DEBUG = {**SMALL, "total_timesteps": 2_000, "num_envs": 8, "window": 8, "checkpoint_every": 1_000, "rows": 10}
+DEBUG |= dict(stoch=4, hidden=8, units=8, depth=4, keys=2)
+SIZES = {"debug": DEBUG, "small": SMALL, "paper": PAPER}
+SIDES = (64,)  # of images: the decoder ends at 64
+
+
+# DIFFERS(planet, dreamerv2, dreamerv3): resolve
+def resolve(args: Args) -> Args:
+    """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
+
+    Stops with exit code 2 where flags are impossible or contradict each other.
+    """
+    game = re.fullmatch(r"MemoryGame-(\d+)-v0", args.env_id)
+    whole = {"window": 2 * int(game[1]), "rows": 2 * int(game[1]) + 2} if game and args.size == "small" else {}
+    preset = {**PAPER, **SIZES[args.size], **whole}
+    args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
+    repeat = {"ALE": 4, "dm_control": 2}.get(args.env_id.split("/")[0], 1)
+    args = replace(args, action_repeat=repeat if args.action_repeat is None else args.action_repeat)
+    positive = ["num_envs", "action_repeat", "total_timesteps", "window", "checkpoint_every", "eval_episodes", "stoch"]
+    for name in [*positive, "hidden", "units", "depth", "keys", "rows", "clip", "predictor_clip"]:
+        if getattr(args, name) <= 0:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than 0")
+    if args.agent != "merlin":
+        for name in ("retroactive", "prior", "return_grad", "analyse"):
+            if getattr(args, name) != getattr(Args, name) and (name, args.agent) != ("retroactive", "rl_mem"):
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: with --agent merlin only")
+    for name, only in ("obs", "dm_control"), ("atari_protocol", "ALE"):
+        if getattr(args, name) != getattr(Args, name) and not args.env_id.startswith(only + "/"):
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: with --env-id {only}/... only")
+    if args.track and not importlib.util.find_spec("wandb"):
+        fail("--track: Weights & Biases is missing; allowed after: pip install wandb")
+    return args
+
+
+# === Part 1: the algorithm ============================================================================================
+
+
+# SHARED(planet, dreamerv2, merlin): kl_gaussian
+def kl_gaussian(mean, std, mean2, std2):
+    """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
+    return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)
+
+
+# SHARED(dreamerv2, dreamerv3, merlin): sample_onehot
+def sample_onehot(logp, noise=None):
+    """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
+
+    logp: (..., K) log-probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
+    """
+    noise = torch.rand_like(logp).log_().neg_() if noise is None else noise
+    index = (logp.detach().exp() / noise).argmax(-1, keepdim=True)
+    return torch.zeros_like(logp).scatter_(-1, index, 1.0)
+
+
+def read(memory, keys, strengths):
+    """Read by content: softmax over rows of strength times cosine similarity. Empty rows take part, with similarity 0.
+
+    memory: (N, R, W); keys: (N, K, W); strengths: (N, K), above 0 -> what was read (N, K, W), weights (N, K, R).
+    """
+    lengths = keys.norm(dim=-1)[..., None] * memory.norm(dim=-1)[:, None]  # (N, K, R)
+    cosine = keys @ memory.transpose(1, 2) / (lengths + 1e-6)  # (N, K, R)
+    weights = (strengths[..., None] * cosine).softmax(-1)  # (N, K, R)
+    return weights @ memory, weights
+
+
+def next_row_weights(count, usage):
+    """Where to write: row number `count` while there are fresh ones, then the one read least, which is erased.
+
+    count: (N,) rows written so far; usage: (N, R) -> one-hot (N, R), reused (N, 1).
+    """
+    N, R = usage.shape
+    index = torch.where(count < R, count, usage.argmin(1))  # (N)
+    chosen = (index[:, None] == torch.arange(R, device=usage.device)).to(usage.dtype)  # (N, R)
+    return chosen, (count >= R).to(usage.dtype)[:, None]
+
+
+def write(memory, state, content, read_weights, gamma, retroactive):
+    """Store content in the first half of one row, and add it to the second halves of the rows written before, fading:
+    row i ends as [z_i, (1 - gamma) sum over t > i of gamma^(t-i-1) z_t], a summary of what came after it.
+
+    v_ret <- gamma v_ret + (1 - gamma) v_wr of the step before;  M <- M + v_wr [z, 0]^T + v_ret [0, z]^T
+
+    The lecture's order takes v_wr of this step, so that the sum begins with z_i itself. memory: (N, R, W); state:
+    {"retro", "last", "usage": (N, R), "count": (N,)}; content: (N, Z); read_weights: (N, K, R), which count as usage.
+    -> memory, state. Memory is overwritten in place where no gradient is asked for.
+    """
+    usage = state["usage"] + read_weights.detach().sum(1)  # (N, R)
+    chosen, reused = next_row_weights(state["count"], usage)
+    kept = 1 - chosen * reused  # (N, R)
+    retro = state["retro"]
+    if retroactive == "paper":
+        retro = (gamma * retro + (1 - gamma) * state["last"]) * kept  # (N, R)
+    elif retroactive == "lecture":
+        retro = gamma * retro * kept + (1 - gamma) * chosen  # (N, R)
+    columns = torch.stack([chosen, retro], -1).to(content.dtype)  # (N, R, 2)
+    zero = torch.zeros_like(content)
+    halves = torch.stack([torch.cat([content, zero], -1), torch.cat([zero, content], -1)], 1)  # (N, 2, W)
+    if torch.is_grad_enabled():
+        memory = torch.baddbmm(memory * kept[..., None], columns, halves)  # (N, R, W)
+    else:
+        memory = memory.mul_(kept[..., None]).baddbmm_(columns, halves)  # (N, R, W)
+    usage = usage * (1 - chosen)  # (N, R)
+    return memory, {"retro": retro, "last": chosen, "usage": usage, "count": state["count"] + 1}
+
+
+def advantages(reward, value, is_last, is_terminal, gamma, lam):
+    """Algorithm 1, generalised advantages: d_t = r_{t+1} + gamma v_{t+1} - v_t, A_t = d_t + gamma lam A_{t+1}.
+
+    All (N, T+1), index t is what belongs to row t -> (N, T). A terminal state is worth 0, no sum runs across an end; at
+    an is_last row, which acts no more, the advantage is 0.
+    """
+    going = 1 - is_last.float()  # (N, T+1)
+    delta = reward[:, 1:] + gamma * value[:, 1:] * (1 - is_terminal[:, 1:].float()) - value[:, :-1]
+    out = [torch.zeros_like(value[:, 0])]
+    for t in range(delta.shape[1] - 1, -1, -1):
+        out.append((delta[:, t] + gamma * lam * out[-1]) * going[:, t])
+    return torch.stack(out[:0:-1], 1)
+
+
+def window_returns(reward, value, is_last, is_terminal, gamma):
+    """R_t: rewards to the end of the episode or of the window, there bootstrapped by the value. Terminal rows: 0.
+
+    All (N, T+1) -> (N, T). It is advantages with lam = 1, plus the value.
+    """
+    value = value * (1 - is_terminal.float())  # (N, T+1)
+    return value[:, :-1] + advantages(reward, value, is_last, is_terminal, gamma, 1.0)
+
+
+def bounded(log_std):
+    """-6 to 3: deviations that neither vanish nor explode."""
+    return log_std.clamp(-6, 3)
+
+
+def policy_loss(logp, entropy, advantage, entropy_scale):
+    """-(ln pi(a) sg(A) + eta H). All (N, T) -> (N, T)."""
+    return -(logp * advantage.detach() + entropy_scale * entropy)
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+# SHARED(planet, dreamerv2, dreamerv3, merlin): is_image
+def is_image(space):
+    """uint8 of rank 3 goes to the convolutions, everything else to the MLP."""
+    return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
+
+
+# DIFFERS(planet, dreamerv2, dreamerv3): mlp
+def mlp(inputs, units, outputs, layers=1):
+    """layers x (Linear, tanh), and a linear output."""
+    sizes = [inputs] + layers * [units]
+    parts = [module for a, b in zip(sizes, sizes[1:], strict=False) for module in (nn.Linear(a, b), nn.Tanh())]
+    return nn.Sequential(*parts, nn.Linear(sizes[-1], outputs))
+
+
+def onehots(x, counts):
+    """Integers (..., parts) -> a one-hot vector (..., count) for each part; F.one_hot would wait for the device."""
+    return [(x[..., i, None] == torch.arange(count, device=x.device)).float() for i, count in enumerate(counts)]
+
+
+class Bottleneck(nn.Module):
+    """Residual block: 1x1, 3x3, 1x1 convolutions with half the channels inside; the first one changes the resolution.
+
+    stride 2 halves it, -2 doubles it. No batch norm.
+    """
+
+    def __init__(self, inputs, channels, stride):
+        super().__init__()
+        scale = nn.Upsample(scale_factor=2) if stride < 0 else nn.Identity()
+        one = lambda a, b: nn.Conv2d(a, b, 1, max(stride, 1))
+        half = channels // 2
+        inner = [
+            one(inputs, half),
+            nn.ReLU(),
+            nn.Conv2d(half, half, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(half, channels, 1),
+        ]
+        self.inner, self.short = nn.Sequential(scale, *inner), nn.Sequential(scale, one(inputs, channels))
+
+    def forward(self, x):
+        return F.relu(self.inner(x) + self.short(x))
+
+
+# DIFFERS(planet, dreamerv2, dreamerv3): Encoder
+class Encoder(nn.Module):
+    """Observations, previous action and reward -> embedding. Images: 6 residual blocks, 64 to 8 pixels; the rest as is.
+
+    Integers (Discrete, MultiDiscrete) become one-hot vectors.
+    """
+
+    def __init__(self, obs_space, action_size, args):
+        super().__init__()
+        self.images = sorted(key for key, space in obs_space.items() if is_image(space))
+        self.numbers = {key: x.nvec.tolist() for key, x in obs_space.items() if isinstance(x, spaces.MultiDiscrete)}
+        self.vectors = sorted(key for key in obs_space if key not in self.images and key not in self.numbers)
+        self.size = action_size + 1 + sum(sum(counts) for counts in self.numbers.values())  # E
+        self.size += sum(obs_space[key].shape[0] for key in self.vectors)
+        if self.images:
+            channels, C = sum(obs_space[key].shape[-1] for key in self.images), args.depth
+            blocks = [Bottleneck(channels if i == 0 else C, C, stride) for i, stride in enumerate((2, 1, 2, 1, 2, 1))]
+            self.image_net = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(64 * C, 500), nn.Tanh())
+            self.size += 500
+
+    def forward(self, obs, action, reward):
+        """{key: (N, ...)}, (N, A), (N,) -> (N, E)."""
+        parts = [action, reward[..., None]]
+        for key in sorted(self.numbers):
+            parts += onehots(obs[key], self.numbers[key])
+        parts += [obs[key].float() for key in self.vectors]
+        if self.images:
+            image = torch.cat([obs[key] for key in self.images], -1)
+            image = (image.permute(0, 3, 1, 2) / 255).contiguous()  # channels-last, oneDNN fails in 1x1 of stride 2
+            parts.append(self.image_net(image))
+        return torch.cat(parts, -1)
+
+
+# DIFFERS(planet, dreamerv2, dreamerv3): Decoder
+class Decoder(nn.Module):
+    """Latents -> what was seen: images, logits of integers, vectors, and the previous action and reward."""
+
+    def __init__(self, obs_space, encoder, action_size, args):
+        super().__init__()
+        self.shapes = {key: space.shape for key, space in obs_space.items()}
+        self.images, self.numbers, self.vectors = encoder.images, encoder.numbers, encoder.vectors
+        outputs = {key: sum(counts) for key, counts in encoder.numbers.items()}
+        outputs |= {key: self.shapes[key][0] for key in encoder.vectors}
+        self.trunk = nn.Sequential(nn.Linear(args.stoch, args.units), nn.Tanh())
+        self.heads = nn.ModuleDict({key: nn.Linear(args.units, size) for key, size in outputs.items()})
+        self.action, self.reward = nn.Linear(args.units, action_size), nn.Linear(args.units, 1)
+        if self.images:
+            C, channels = args.depth, sum(self.shapes[key][-1] for key in self.images)
+            layers = [
+                nn.Linear(args.stoch, 500),
+                nn.ReLU(),
+                nn.Linear(500, 64 * C),
+                nn.ReLU(),
+                nn.Unflatten(1, (C, 8, 8)),
+            ]
+            blocks = [Bottleneck(C, C, stride) for stride in (1, -2, 1, -2, 1, -2)]
+            self.image_net = nn.Sequential(*layers, *blocks, nn.Conv2d(C, channels, 1), nn.Sigmoid())
+
+    def forward(self, z):
+        """(N, Z) -> {key: (N, ...)}, with "action" (N, A) and "reward" (N,)."""
+        x = self.trunk(z)
+        out = {key: head(x).float() for key, head in self.heads.items()}
+        if self.images:
+            image = self.image_net(z).float().permute(0, 2, 3, 1)
+            out |= dict(zip(self.images, image.split([self.shapes[key][-1] for key in self.images], -1), strict=True))
+        return {**out, "action": self.action(x).float(), "reward": self.reward(x).float()[..., 0]}
+
+    def losses(self, z, obs, action, reward):
+        """-> {"image", "obs", "action", "reward": (N,)}: squared errors and cross-entropies, summed. "image" and "obs"
+        only where there are such observations. action: one-hot (N, A), all zero at the start of an episode.
+        """
+        out = self(z)
+        losses = {"reward": (out["reward"] - reward).square() / 2}
+        losses["action"] = -(out["action"].log_softmax(-1) * action).sum(-1)
+        if self.images:
+            errors = [(out[key] - obs[key] / 255).square().flatten(1).sum(1) for key in self.images]
+            losses["image"] = sum(errors) / 2
+        parts = [(out[key] - obs[key]).square().sum(-1) / 2 for key in self.vectors]
+        for key, counts in self.numbers.items():
+            pairs = zip(out[key].split(counts, -1), onehots(obs[key], counts), strict=True)
+            parts += [-(logits.log_softmax(-1) * onehot).sum(-1) for logits, onehot in pairs]
+        return {**losses, "obs": sum(parts)} if parts else losses
+
+
+class DeepLSTM(nn.Module):
+    """L layers, each of which sees the input too; all of their outputs count."""
+
+    def __init__(self, inputs, units, layers=2):
+        super().__init__()
+        self.cells = nn.ModuleList(nn.LSTMCell(inputs + (units if i else 0), units) for i in range(layers))
+
+    def forward(self, x, h, c):
+        """(N, inputs), (N, L, U), (N, L, U) -> h, c."""
+        new = []
+        for i, cell in enumerate(self.cells):
+            below = [new[-1][0]] if i else []
+            new.append(cell(torch.cat([x, *below], -1), (h[:, i], c[:, i])))
+        h, c = (torch.stack(parts, 1) for parts in zip(*new, strict=True))
+        return h, c
+
+
+class Keys(nn.Module):
+    """h (N, L, U) -> K keys (N, K, W) and their strengths (N, K)."""
+
+    def __init__(self, inputs, count, width):
+        super().__init__()
+        self.linear, self.count = nn.Linear(inputs, count * (width + 1)), count
+
+    def forward(self, h):
+        x = self.linear(h.flatten(1)).float().unflatten(1, (self.count, -1))
+        return x[..., :-1], F.softplus(x[..., -1])
+
+
+# SHARED(planet, dreamerv2, merlin): Captured
+class Captured:
+    """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
+
+    For inputs of new shapes the first three calls run eagerly, while cuDNN and the allocator settle; then the function
+    is captured and only replayed. The next call overwrites the results. What else the function reads, such as flags, is
+    frozen at capture; each shape keeps a graph of its own.
+    """
+
+    def __init__(self, fn, on):
+        self.fn, self.on, self.calls, self.graphs = fn, on, {}, {}
+        self.side = torch.cuda.Stream() if on else None
+
+    def __call__(self, inputs):
+        if not self.on:
+            return self.fn(inputs)
+        key = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= 3:  # on a side stream, as capture demands
+            main = torch.cuda.current_stream()
+            self.side.wait_stream(main)
+            with torch.cuda.stream(self.side):
+                result = self.fn(inputs)
+            main.wait_stream(self.side)
+            return result
+        if key not in self.graphs:
+            static, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = self.fn(static)
+            self.graphs[key] = static, graph, result
+        static, graph, result = self.graphs[key]
+        for name, x in inputs.items():
+            static[name].copy_(x)
+        graph.replay()
+        return result
+
+
+# --- agent ------------------------------------------------------------------------------------------------------------
+
+
+# DIFFERS(planet, dreamerv2, dreamerv3): Agent
+class Agent(nn.Module):
+    """Predictor and policy of MERLIN; or a baseline: a policy with an encoder and, as RL-MEM, a memory of its own.
+
+    obs_space: Dict of uint8 images (H, W, C), integers (MultiDiscrete) and float32 vectors; action_space: Discrete.
+    """
+
+    def __init__(self, obs_space, action_space, args):
+        super().__init__()
+        self.args, self.action_space, self.device = args, action_space, pick_device(args)
+        self.merlin, self.remembers = args.agent == "merlin", args.agent != "rl_lstm"
+        self.actions = int(action_space.n)  # A
+        A, Z, U, W, K = self.actions, args.stoch, 2 * args.hidden, 2 * args.stoch, args.keys  # U: of all layers
+        encoder = Encoder(obs_space, A, args)
+        E = encoder.size
+        if self.merlin:
+            self.encoder, self.decoder = encoder, Decoder(obs_space, encoder, A, args)
+            self.prior = mlp(U + K * W, W, W, layers=2)
+            self.posterior = mlp(E + U + K * W + W, W, W, layers=2)
+            self.lstm, self.keys = DeepLSTM(Z + A + K * W, args.hidden), Keys(U, K, W)
+            self.value, self.advantage = mlp(Z + A, args.units, 1), mlp(Z + A, 50, 1)
+            nn.init.zeros_(self.posterior[-1].weight), nn.init.zeros_(self.posterior[-1].bias)  # begins as the prior
+            model = list(self.parameters())
+            self.policy_lstm, self.policy_keys = DeepLSTM(Z + W, args.hidden), Keys(U, 1, W)
+            self.policy = mlp(Z + U + W, args.units, A)
+        else:
+            model, reads = [], K * W if self.remembers else 0
+            self.encoder = encoder
+            self.decoder = SimpleNamespace(shapes={key: x.shape for key, x in obs_space.items()}, images=encoder.images)
+            self.policy_lstm = DeepLSTM(E + reads, args.hidden)
+            self.policy, self.value = mlp(E + U, args.units, A), mlp(E + U, args.units, 1)
+            if self.remembers:
+                self.policy_keys, self.content = Keys(U, K, W), nn.Linear(U, Z)
+        self.to(self.device)
+        taken = {id(p) for p in model}
+        self.params = list(self.parameters())
+        policy = [p for p in self.params if id(p) not in taken]
+        groups = [{"params": policy, "lr": args.policy_learning_rate}]
+        groups += [{"params": model, "lr": args.learning_rate}] if model else []
+        graphs = args.cuda_graph and self.device.type == "cuda"
+        self.optimizer = torch.optim.Adam(groups, foreach=True, capturable=self.device.type == "cuda")
+        self.captured_step, self.captured_act = Captured(self.step, graphs), Captured(self.act_step, graphs)
+
+    def initial(self, B):
+        """State of B environments before their first observation: zeros. memory (B, R, W), last reads, LSTM states."""
+        args, zeros = self.args, lambda *shape: torch.zeros(B, *shape, device=self.device)
+        R, W, L, U, K = args.rows, 2 * args.stoch, 2, args.hidden, args.keys
+        state = {"action": zeros(self.actions), "policy_h": zeros(L, U), "policy_c": zeros(L, U)}
+        if self.remembers:
+            state |= {
+                "memory": zeros(R, W),
+                "retro": zeros(R),
+                "last": zeros(R),
+                "usage": zeros(R),
+                "count": zeros().long(),
+            }
+            state["policy_read"] = zeros(1 if self.merlin else K, W)
+        if self.merlin:
+            state |= {"h": zeros(L, U), "c": zeros(L, U), "read": zeros(K, W)}
+        return state
+
+    def forget(self, state, is_first):
+        """Zeros for the environments that begin an episode; bit by bit the same for all others."""
+        shape = lambda x: is_first.view(-1, *[1] * (x.dim() - 1))
+        return {key: x.masked_fill(shape(x), 0) for key, x in state.items()}
+
+    def store(self, state, content, weights):
+        """Write to memory, see write. -> the memory's part of the state."""
+        parts = {key: state[key] for key in ("retro", "last", "usage", "count")}
+        memory, parts = write(state["memory"], parts, content, weights, self.args.gamma, self.args.retroactive)
+        return {"memory": memory, **parts}
+
+    def latents(self, embed, state, noise):
+        """Prior from the past, posterior = prior + residual, and a sample. embed: (N, E); noise: (N, Z).
+
+        -> z (N, Z); mean and log of the deviation of posterior and prior (N, W) each, W = 2*Z.
+        """
+        past = torch.cat([state["h"].flatten(1), state["read"].flatten(1)], -1)
+        prior = self.prior(past).float()  # (N, W)
+        prior = prior if self.args.prior else torch.zeros_like(prior)
+        post = prior + self.posterior(torch.cat([embed, past, prior], -1)).float()  # (N, W)
+        mean, log_std = post.chunk(2, -1)
+        return mean + bounded(log_std).exp() * noise, post, prior
+
+    def tick(self, embed, state, noise, choose):
+        """One step in time, Algorithm 1. embed: (N, E); noise: (N, Z) ~ N(0, 1); choose: logits -> one-hot (N, A).
+
+        -> outputs {"logits": (N, A), ...}, among them the weights of all reads; the next state.
+        """
+        if not self.merlin:
+            return self.baseline_tick(embed, state, choose)
+        z, post, prior = self.latents(embed, state, noise)
+        seen = z.detach()  # the policy reads and does not shape
+        h, c = self.policy_lstm(
+            torch.cat([seen, state["policy_read"].flatten(1)], -1), state["policy_h"], state["policy_c"]
+        )
+        policy_read, policy_weights = read(state["memory"], *self.policy_keys(h))
+        logits = self.policy(torch.cat([seen, h.flatten(1), policy_read.flatten(1)], -1)).float()
+        action = choose(logits)
+        new = {"policy_h": h, "policy_c": c, "policy_read": policy_read, "action": action}
+        new["h"], new["c"] = self.lstm(torch.cat([z, action, state["read"].flatten(1)], -1), state["h"], state["c"])
+        new["read"], weights = read(state["memory"], *self.keys(new["h"]))
+        new |= self.store(state, seen, weights)  # reads come before the write
+        outputs = {
+            "logits": logits,
+            "z": z,
+            "post": post,
+            "prior": prior,
+            "weights": weights,
+            "policy_weights": policy_weights,
+        }
+        return outputs, new
+
+    def baseline_tick(self, embed, state, choose):
+        """RL-LSTM: recurrence over the embedding. RL-MEM: over the last reads too; what is stored is learned from h."""
+        inputs = [embed, state["policy_read"].flatten(1)] if self.remembers else [embed]
+        h, c = self.policy_lstm(torch.cat(inputs, -1), state["policy_h"], state["policy_c"])
+        feat = torch.cat([embed, h.flatten(1)], -1)
+        logits = self.policy(feat).float()
+        outputs, new = {"logits": logits, "feat": feat}, {"policy_h": h, "policy_c": c, "action": choose(logits)}
+        if self.remembers:
+            new["policy_read"], outputs["policy_weights"] = read(state["memory"], *self.policy_keys(h))
+            new |= self.store(state, self.content(h.flatten(1)).float(), outputs["policy_weights"])
+        return outputs, new
+
+    def onehot(self, index):
+        """(...) -> (..., A) float32."""
+        return onehots(index[..., None], [self.actions])[0]
+
+    def act_step(self, inputs):
+        """What of acting runs on the device: {obs, reward, is_first, greedy, state/...} -> outputs, noise, state/..."""
+        state = {key.removeprefix("state/"): x for key, x in inputs.items() if key.startswith("state/")}
+        state = self.forget(state, inputs["is_first"])
+        noise = torch.randn(len(inputs["reward"]), self.args.stoch, device=self.device)  # (N, Z)
+        draw = lambda logits: sample_onehot(logits.log_softmax(-1))
+        choose = lambda logits: torch.where(inputs["greedy"], self.onehot(logits.argmax(-1)), draw(logits))
+        outputs, state = self.tick(self.encoder(inputs, state["action"], inputs["reward"]), state, noise, choose)
+        return {**outputs, "noise": noise, **{f"state/{key}": x for key, x in state.items()}}
+
+    @torch.no_grad()
+    def act(self, obs, is_first, state, eval=False):
+        """obs: {key: (N, ...)} arrays or tensors, with "reward" (N,); is_first: (N,); state: of initial, or of the last
+        act. -> actions (int64 (N,)), new state. eval: most likely action. self.seen: what the step has computed.
+        """
+        inputs = {key: torch.as_tensor(obs[key], device=self.device) for key in (*self.decoder.shapes, "reward")}
+        inputs["is_first"] = torch.as_tensor(is_first, device=self.device)
+        inputs["greedy"] = torch.full((), eval, device=self.device)
+        self.seen = self.captured_act({**inputs, **{f"state/{key}": x for key, x in state.items()}})
+        state = {key: self.seen[f"state/{key}"].clone() for key in state}
+        return state["action"].argmax(-1).cpu().numpy(), state
+
+    def unroll(self, batch):
+        """The window again, with the actions and the noise of acting, and with gradients.
+
+        -> outputs, each (N, T+1, ...). Row T is there for its value.
+        """
+        state = {key.removeprefix("state/"): x for key, x in batch.items() if key.startswith("state/")}
+        is_first, action = batch["is_first"], self.onehot(batch["action"])
+        before = torch.cat([state["action"][:, None], action[:, :-1]], 1) * ~is_first[..., None]  # (N, T+1, A)
+        inputs = {key: batch[key].flatten(0, 1) for key in self.decoder.shapes}
+        embed = self.encoder(inputs, before.flatten(0, 1), batch["reward"].flatten()).unflatten(0, is_first.shape)
+        steps = []
+        for t in range(is_first.shape[1]):
+            state = self.forget(state, is_first[:, t])
+            choose = lambda logits, t=t: action[:, t]
+            outputs, state = self.tick(embed[:, t], state, batch["noise"][:, t], choose)
+            steps.append(outputs)
+        return {**{key: torch.stack([x[key] for x in steps], 1) for key in steps[0]}, "before": before}
+
+    def losses(self, batch):
+        """-> losses of each row that acts or is seen, (N, T) each; statistics. See unroll for the batch."""
+        args, T = self.args, batch["is_last"].shape[1] - 1
+        ends = batch["is_last"], batch["is_terminal"]
+        out, acts = self.unroll(batch), (~batch["is_last"][:, :-1]).float()  # (N, T)
+        logp = out["logits"].log_softmax(-1)  # (N, T+1, A)
+        if self.merlin:
+            z = out["z"] if args.return_grad else out["z"].detach()  # (N, T+1, Z)
+            value = self.value(torch.cat([z, logp.detach()], -1))[..., 0]  # (N, T+1)
+        else:
+            value = self.value(out["feat"])[..., 0]  # (N, T+1)
+        fixed = value.detach()  # (N, T+1)
+        returns = window_returns(batch["reward"], fixed, *ends, args.gamma)  # (N, T)
+        advantage = advantages(batch["reward"], fixed, *ends, args.gamma, args.lam)  # (N, T)
+        action = self.onehot(batch["action"][:, :-1])  # (N, T, A)
+        entropy = -(logp * logp.exp()).sum(-1)[:, :-1]  # (N, T)
+        losses = {"policy": policy_loss((logp[:, :-1] * action).sum(-1), entropy, advantage, args.entropy_scale) * acts}
+        losses["value"] = (returns - value[:, :-1]).square() / 2 * acts
+        stats = {"policy_entropy": entropy, "value_mean": fixed, "return_mean": returns}
+        if self.merlin:
+            more = self.advantage(torch.cat([z[:, :-1], action], -1))[..., 0]  # (N, T)
+            losses["advantage"] = (returns - fixed[:, :-1] - more).square() / 2 * acts
+            post, prior = (self.gaussian(out[key][:, :-1]) for key in ("post", "prior"))
+            losses["kl"] = kl_gaussian(*post, *prior)
+            obs = {key: batch[key][:, :-1].flatten(0, 1) for key in self.decoder.shapes}
+            seen = out["before"][:, :-1].flatten(0, 1), batch["reward"][:, :-1].flatten()
+            recon = self.decoder.losses(out["z"][:, :-1].flatten(0, 1), obs, *seen)
+            losses |= {key: loss.unflatten(0, acts.shape) for key, loss in recon.items()}
+        for key in ("weights", "policy_weights"):
+            if key in out:
+                w = out[key][:, :-1]
+                stats[f"{key.removesuffix('weights')}read_entropy"] = -(w * (w + 1e-9).log()).sum(-1)
+        assert all(loss.shape == (len(acts), T) for loss in losses.values())
+        return losses, {f"stats/{key}": x.detach().mean() for key, x in stats.items()}
+
+    def gaussian(self, params):
+        """(..., W) -> mean, deviation (..., Z)."""
+        mean, log_std = params.chunk(2, -1)
+        return mean, bounded(log_std).exp()
+
+    def step(self, batch):
+        """One update, eagerly and without any host sync, so that a CUDA graph can capture it. See update."""
+        args = self.args
+        losses, stats = self.losses(batch)
+        losses = {key: loss.mean() for key, loss in losses.items()}
+        scales = {"policy": 1.0, "value": args.value_scale}
+        if self.merlin:  # all in one sum: no gradient passes between policy and predictor
+            scales |= {"kl": 1.0, "image": args.alpha_image, "obs": args.alpha_obs, "action": args.alpha_action}
+            scales |= {"reward": args.alpha_reward, "value": args.alpha_return, "advantage": args.alpha_return}
+        losses["total"] = sum(scales[key] * loss for key, loss in losses.items())
+        grads = torch.autograd.grad(losses["total"], self.params, allow_unused=True)
+        for p, grad in zip(self.params, grads, strict=True):
+            p.grad = torch.zeros_like(p) if grad is None else grad
+        limits = {"policy": args.clip, "predictor": args.predictor_clip}
+        for group, (name, limit) in zip(self.optimizer.param_groups, limits.items(), strict=False):  # baselines: one
+            stats[f"stats/{name}_grad_norm"] = nn.utils.clip_grad_norm_(group["params"], limit)
+        self.optimizer.step()
+        return {**stats, **{f"losses/{key}": loss.detach() for key, loss in losses.items()}}
+
+    def update(self, batch):
+        """One gradient step on a window: rows {key: (N, T+1, ...)} with "action" and "noise", and "state/...", what the
+        state was before the first of them. -> statistics, 0-d tensors, which on a GPU the next update overwrites.
+        """
+        return self.captured_step(batch)
+
+
+# === Part 2: plumbing =================================================================================================
+
+
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): fail
+def fail(message):
+    """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): pick_device
+def pick_device(args):
+    """--device; auto takes the first GPU, else the CPU."""
+    cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(args.device if args.device != "auto" else "cuda" if cuda else "cpu")
+        assert device.type in ("cpu", "cuda")
+    except (AssertionError, RuntimeError):
+        fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...")
+    if device.type == "cuda":
+        if not (device.index or 0) < torch.cuda.device_count():
+            fail(f"--device {args.device}: PyTorch {torch.__version__} sees no such CUDA device; allowed: auto, cpu")
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)  # a graph is captured on the current device
+    return device
+
+
+# SHARED(planet, dreamerv2, dreamerv3, merlin): tune
+def tune(args):
+    """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
+    again page by page is half of a CPU update.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: map no block on its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
+    except (OSError, AttributeError):  # another system or C library: only slower
+        pass
+    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")  # medium: oneDNN, float32 without AMX
+    torch.backends.cudnn.allow_tf32 = args.bf16
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.benchmark = not args.torch_deterministic
+
+
+# --- environments -----------------------------------------------------------------------------------------------------
+
+
+class MemoryGame(gym.Env):
+    """Concentration: cards lie face down, two of each symbol, and each step turns one for a moment. The partner of the
+    card turned just before earns 2 and removes both; any other step costs 1. It ends when all are removed, or after two
+    steps for each card. Action 0 turns the next card that was never turned (or the last one), action i card i - 1.
+
+    Seen is the card that was turned and its symbol; image: the board of 64 x 64 pixels, with that card open.
+    """
+
+    def __init__(self, cards, image=False):
+        if cards < 2 or cards % 2 or (image and cards > 64):
+            raise ValueError(f"{cards} cards; an even number is needed, at most 64 as an image")
+        self.cards, self.image, self.action_space = cards, image, spaces.Discrete(cards + 1)
+        self.observation_space = spaces.MultiDiscrete([cards, cards // 2])
+        if image:
+            self.observation_space = spaces.Box(0, 255, (64, 64, 3), np.uint8)
+            self.side = int(np.ceil(cards**0.5))  # of the board, in cards
+            pixels = 64 // self.side - 2
+            rng = np.random.default_rng(0)  # symbols are the same in every game: 5 x 5 patterns in three colours
+            patterns = rng.integers(0, 2, (cards // 2, 5, 5, 1)) * rng.integers(100, 256, (cards // 2, 1, 1, 3))
+            index = np.arange(pixels) * 5 // pixels
+            self.pictures = patterns[:, index][:, :, index].astype(np.uint8)
+
+    def observe(self):
+        if not self.image:
+            return np.array([self.open, self.symbols[self.open]])
+        board, step, size = np.zeros((64, 64, 3), np.uint8), 64 // self.side, 64 // self.side - 2
+        for card in range(self.cards):
+            y, x = (step * place + 1 for place in divmod(card, self.side))
+            board[y : y + size, x : x + size] = self.pictures[self.symbols[card]] if card == self.open else 60
+        return board
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.symbols = self.np_random.permutation(self.cards) // 2
+        self.turned, self.removed = np.zeros(self.cards, bool), np.zeros(self.cards, bool)
+        self.open, self.turned[0], self.count = 0, True, 0
+        return self.observe(), {}
+
+    def step(self, action):
+        never = np.flatnonzero(~self.turned)
+        card = int(action) - 1 if action else int(never[0]) if len(never) else self.cards - 1
+        pair = card != self.open and self.symbols[card] == self.symbols[self.open] and not self.removed[card]
+        if pair:
+            self.removed[[card, self.open]] = True
+        self.open, self.turned[card], self.count = card, True, self.count + 1
+        over = bool(self.removed.all())
+        return self.observe(), 2.0 if pair else -1.0, over, self.count == 2 * self.cards and not over, {}
+
+
+def register_game(env_id):
+    """MemoryGame-<cards>-v0 becomes known to gymnasium when it is asked for: importing this file registers nothing."""
+    game = re.fullmatch(r"MemoryGame-(\d+)-v0", env_id)
+    if game and env_id not in gym.registry:
+        gym.register(env_id, MemoryGame, kwargs={"cards": int(game[1])})
+
+
+# SHARED(planet, dreamerv2, dreamerv3, merlin): DMControl
+class DMControl(gym.Env):
+    """dm_control/<domain>-<task>-v0. Episodes end by time limit (discount still 1): truncated, not terminated."""
+
+    def __init__(self, env_id, obs, repeat=1, size=64):
+        if sys.platform == "linux":
+            os.environ.setdefault("MUJOCO_GL", "egl")  # headless; must be set before the first import
+        self.domain, _, self.task = env_id.removeprefix("dm_control/").removesuffix("-v0").partition("-")
+        self.obs, self.repeat, self.size, self.camera = obs, repeat, size, 2 if self.domain == "quadruped" else 0
+        try:
+            from dm_control import suite
+
+            self.suite = suite
+            first, _ = self.reset(seed=0)
+        except (AttributeError, ImportError, RuntimeError) as error:  # as a rule: no renderer, or no package
+            fail(f"--env-id {env_id}: {error}; allowed: with dm_control and libegl, or MUJOCO_GL=disable")
+        box = lambda x: spaces.Box(*((0, 255) if x.dtype == np.uint8 else (-np.inf, np.inf)), x.shape, x.dtype)
+        self.observation_space = spaces.Dict({key: box(x) for key, x in first.items()})
+        spec = self.env.action_spec()
+        self.action_space = spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
+
+    def observe(self, step):
+        vectors = {key: np.float32(x).reshape(-1) for key, x in step.observation.items() if np.size(x)}
+        return (vectors if self.obs != "image" else {}) | ({"image": self.render()} if self.obs != "vector" else {})
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.env = self.suite.load(self.domain, self.task, task_kwargs={"random": seed})
+        return self.observe(self.env.reset()), {}
+
+    def step(self, action):
+        reward = 0.0
+        for _ in range(self.repeat):  # here rather than in a wrapper: only the last frame is rendered
+            step = self.env.step(action)
+            reward += step.reward or 0.0
+            if step.last():
+                break
+        terminated = step.last() and step.discount == 0
+        return self.observe(step), reward, terminated, step.last() and not terminated, {}
+
+    def render(self):
+        return self.env.physics.render(self.size, self.size, camera_id=self.camera)
+
+
+def adapt(env, args, repeat):
+    """One environment -> Dict of uint8 images (H, W, C), integers (MultiDiscrete), and flat float32 vectors."""
+    space, action = env.observation_space, env.action_space
+    named = isinstance(space, spaces.Dict)
+    parts = dict(space.spaces) if named else {"image" if is_image(space) else "vector": space}
+    flag = f"--env-id {args.env_id}"
+    if not isinstance(action, spaces.Discrete):
+        fail(f"{flag}: action space {action}; allowed: Discrete")
+    if not all(part.is_np_flattenable for part in parts.values()):
+        fail(f"{flag}: observation space {space}; allowed: Box, Discrete, MultiDiscrete, or a Dict of such")
+    taken = {"action", "reward", "is_first", "is_last", "is_terminal", "noise", "greedy"}
+    if any(key in taken or "." in key or hasattr(nn.ModuleDict, key) for key in parts):
+        fail(f"{flag}: observation keys {list(parts)}; allowed: no dots, no attributes of nn.ModuleDict, not {taken}")
+    env = gym.wrappers.RepeatAction(env, repeat)
+    env = gym.wrappers.TransformAction(env, lambda a: a + action.start, spaces.Discrete(action.n))
+
+    def flat_space(part):
+        if isinstance(part, spaces.Discrete | spaces.MultiDiscrete):
+            return spaces.MultiDiscrete(np.ravel(part.n if isinstance(part, spaces.Discrete) else part.nvec))
+        return part if is_image(part) else spaces.Box(-np.inf, np.inf, (spaces.flatdim(part),))
+
+    def flatten(part, x):
+        if isinstance(part, spaces.Discrete | spaces.MultiDiscrete):
+            return np.ravel(x - part.start).astype(np.int64)
+        return x if is_image(part) else spaces.flatten(part, x).astype(np.float32)
+
+    as_dict = lambda obs: {key: flatten(part, obs[key] if named else obs) for key, part in parts.items()}
+    space = spaces.Dict({key: flat_space(part) for key, part in parts.items()})
+    return gym.wrappers.TransformObservation(env, as_dict, space)
+
+
+# SHARED(planet, dreamerv3, merlin): atari_envs
+def atari_envs(env_id, num_envs, args, **kwargs):
+    """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
+    small = args.atari_protocol == "100k"
+    size = (64, 64, 3) if small else (96, 96, 1)
+    protocol = dict(img_height=size[0], img_width=size[1], grayscale=not small, full_action_space=not small)
+    protocol.update(repeat_action_probability=0.0 if small else 0.25, frameskip=args.action_repeat, stack_num=1)
+    protocol.update(maxpool=True, noop_max=30, episodic_life=False, reward_clipping=False, use_fire_reset=False)
+    envs = gym.make_vec(env_id, num_envs, **{**protocol, **kwargs})
+    single = spaces.Dict({"image": spaces.Box(0, 255, size, np.uint8)})
+    batched = gym.vector.utils.batch_space(single, num_envs)
+    as_dict = lambda obs: {"image": obs.reshape(num_envs, *size)}
+    return gym.wrappers.vector.TransformObservation(envs, as_dict, batched, single)
+
+
+def make_envs(env_id, num_envs, seed, args):
+    """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
+    family = env_id.split("/")[0]
+    try:
+        kwargs = dict(json.loads(args.env_kwargs))
+    except (ValueError, TypeError):
+        fail(f"--env-kwargs {args.env_kwargs}: allowed: a JSON object, such as '{{\"continuous\": true}}'")
+    register_game(env_id)
+    if family == "ALE":
+        import ale_py
+
+        gym.register_envs(ale_py)
+
+    def make():
+        if family == "dm_control":
+            return adapt(DMControl(env_id, args.obs, args.action_repeat, **kwargs), args, repeat=1)
+        mode = {"render_mode": "rgb_array"} if args.capture_video else {}  # an environment need not know render_mode
+        return adapt(gym.make(env_id, **mode, **kwargs), args, args.action_repeat)
+
+    try:
+        if family == "ALE":
+            envs = atari_envs(env_id, num_envs, args, **kwargs)
+        else:
+            envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+    except (gym.error.Error, ValueError, TypeError, ImportError) as error:
+        near = difflib.get_close_matches(env_id, gym.registry, 3) if env_id.split(":")[-1] not in gym.registry else []
+        fail(f"--env-id {env_id}: {error}" + (f" Close matches: {', '.join(near)}" if near else ""))
+    sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
+    if len(sizes) > 1 or any(side not in SIDES for size in sizes for side in size):
+        fail(f"--env-id {env_id}: images of {sizes}; allowed: one size, sides among {list(SIDES)}")
+    if args.capture_video and not sizes:
+        try:
+            envs.reset(seed=seed)
+            assert envs.render() is not None, "no picture"
+        except Exception as error:
+            fail(f"--capture-video: {env_id} cannot be rendered here ({error}); allowed: with a renderer installed")
+    envs.action_space.seed(seed)  # reset does not
+    return envs
+
+
+# SHARED(planet, dreamerv2, dreamerv3, merlin): start_row
+def start_row(envs, seed):
+    """Reset all environments -> their first rows."""
+    obs, _ = envs.reset(seed=seed)
+    no, yes = np.zeros(envs.num_envs, bool), np.ones(envs.num_envs, bool)
+    return {**obs, "reward": np.float32(no), "is_first": yes, "is_last": no, "is_terminal": no}
+
+
+# SHARED(planet, dreamerv2, dreamerv3, merlin): next_row
+def next_row(envs, action, row):
+    """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
+    obs, reward, terminated, truncated, _ = envs.step(action)
+    ends = {"is_first": row["is_last"], "is_last": terminated | truncated, "is_terminal": terminated}
+    return {**obs, **ends, "reward": reward.astype(np.float32)}
+
+
+# --- pictures, checkpoints, evaluation --------------------------------------------------------------------------------
+
+
+# SHARED(planet, dreamerv2, dreamerv3, merlin): save_gif
+def save_gif(path, frames, writer=None, step=0):
+    """uint8 (T, H, W, 3) -> animated GIF on disk and in TensorBoard, whose own add_video would need moviepy."""
+    from PIL import Image
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    images = [Image.fromarray(x).quantize(256, method=Image.Quantize.FASTOCTREE) for x in frames]  # 15 x as fast
+    out = io.BytesIO()
+    images[0].save(out, format="GIF", save_all=True, append_images=images[1:], duration=66, loop=0)
+    Path(path).write_bytes(out.getvalue())
+    if writer:
+        size = dict(height=frames.shape[1], width=frames.shape[2], colorspace=3)
+        value = Summary.Value(tag=Path(path).stem, image=Summary.Image(**size, encoded_image_string=out.getvalue()))
+        writer._get_file_writer().add_summary(Summary(value=[value]), step)
+
+
+# SHARED(planet, dreamerv2, dreamerv3, merlin): picture
+def picture(obs):
+    """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the vectors as gray cells."""
+    images = [obs[key] for key in sorted(obs) if obs[key].dim() == 5]
+    if images:
+        image = images[0].float() * (1 if images[0].dtype == torch.uint8 else 255)
+        return image[..., :1].expand(*image.shape[:-1], 3) if image.shape[-1] < 3 else image[..., :3]
+    cells = torch.cat([obs[key].float() for key in sorted(obs)], -1).sigmoid() * 255
+    return cells.repeat_interleave(16, -1)[..., None, :, None].expand(-1, -1, 32, -1, 3)
+
+
+@torch.no_grad()
+def analyse(agent, args, path):
+    """Play one episode and draw it: which row is read when, by each key of predictor and policy; and what was seen, as
+    the posterior has it, and as the prior had expected it before (the paper's pictures). Needs matplotlib.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    envs = make_envs(args.env_id, 1, args.seed, args)
+    row, state, steps = start_row(envs, args.seed + 1_000), agent.initial(1), []
+    with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
+        torch.manual_seed(args.seed)
+        while not steps or not row["is_last"][0]:
+            action, state = agent.act(row, row["is_first"], state, eval=True)
+            steps.append({key: x[0].cpu().float() for key, x in agent.seen.items()})
+            steps[-1] |= {key: torch.as_tensor(row[key][0]) for key in agent.decoder.shapes}
+            row = next_row(envs, action, row)
+    envs.close()
+    steps = {key: torch.stack([x[key] for x in steps]) for key in steps[0]}
+    weights = torch.cat([steps["weights"], steps["policy_weights"]], 1)  # (T, K+1, R)
+    T, heads, _ = weights.shape
+    key = agent.decoder.images[0] if agent.decoder.images else next(iter(agent.decoder.shapes))
+    guesses = [agent.gaussian(steps[name].to(agent.device))[0] for name in ("post", "prior")]
+    guesses = [shown(agent.decoder(z)[key].cpu(), agent.decoder, key) for z in guesses]
+    pictures = [shown(steps[key], agent.decoder, key, seen=True), *guesses]
+    figure, axes = plt.subplots(heads + 3, 1, figsize=(8, 1.6 * (heads + 3)), layout="constrained")
+    for axis, name, x in zip(
+        axes, [*[f"key {i + 1}" for i in range(heads - 1)], "policy"], weights.unbind(1), strict=False
+    ):
+        axis.imshow(x.T[: T + 1].numpy(), aspect="auto", vmin=0, vmax=1, cmap="magma")
+        axis.set_ylabel(f"{name}: row")
+    for axis, name, x in zip(axes[heads:], ("seen", "posterior", "prior"), pictures, strict=True):
+        axis.imshow(x.detach().numpy(), aspect="auto", vmin=0, vmax=1, cmap="gray")
+        axis.set_ylabel(name), axis.set_yticks([])
+    axes[heads - 1].set_xlabel("step"), axes[-1].set_xlabel("step")
+    figure.savefig(path, dpi=110)
+
+
+def shown(x, decoder, key, seen=False):
+    """What analyse draws of an observation or its prediction, (T, ...): images side by side, or numbers as columns."""
+    if key in decoder.images:
+        return (x / 255 if seen else x).permute(1, 0, 2, 3).flatten(1, 2)[..., :3]
+    if key in decoder.numbers:
+        counts = decoder.numbers[key]
+        parts = onehots(x, counts) if seen else [part.softmax(-1) for part in x.split(counts, -1)]
+        return torch.cat(parts, -1).T
+    return x.sigmoid().T
+
+
+# SHARED(planet, dreamerv2, dreamerv3, merlin): evaluate
+def evaluate(agent, args, episodes, video=None):
+    """Play whole episodes without exploration noise; the random state of training is left as it was.
+
+    -> returns, one per episode. video: path for a GIF of the first environment's first episode.
+    """
+    N = min(episodes, 8)
+    wanted = [episodes // N + (n < episodes % N) for n in range(N)]  # each its share: no bias to short episodes
+    envs, scores, frames = make_envs(args.env_id, N, args.seed, args), [[] for _ in range(N)], []
+    with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
+        torch.manual_seed(args.seed + 1_000)
+        row, state, total = start_row(envs, args.seed + 1_000), agent.initial(N), np.zeros(N)
+        while any(len(score) < share for score, share in zip(scores, wanted, strict=True)):
+            if video and not scores[0]:
+                seen = picture({key: torch.as_tensor(row[key][:1, None]) for key in agent.decoder.shapes})[0, 0]
+                rendered = args.capture_video and not agent.decoder.images
+                frames.append(np.array(envs.render()[0]) if rendered else seen.to(torch.uint8).numpy())
+            action, state = agent.act(row, row["is_first"], state, eval=True)
+            row = next_row(envs, action, row)
+            total = total * ~row["is_first"] + row["reward"]
+            for n in np.flatnonzero(row["is_last"]):
+                scores[n].append(float(total[n]))
+    envs.close()
+    if video:
+        save_gif(video, np.stack(frames))
+    return [score for mine, share in zip(scores, wanted, strict=True) for score in mine[:share]]
+
+
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): save
+def save(path, **state):
+    """Atomic: either the whole new file stands under its name, or still the old one, and nothing beside it."""
+    temporary = Path(path).with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): load
+def load(path, device, need=()):
+    """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        assert all(key in state for key in need), "another kind of file"
+        return state
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        fail(f"{path}: cannot be read ({type(error).__name__}: {text}); allowed: a checkpoint.pt")
+
+
+# SHARED(planet, dreamerv2, dreamerv3, merlin): merge
+def merge(args, path, saved, free):
+    """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
+
+    device, capture_video and track belong to a call, not to a run: they are not inherited.
+    """
+    if not saved.keys() <= {x.name for x in fields(Args)}:
+        fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
+    saved = {**asdict(Args()), **saved, "device": "auto", "capture_video": False, "track": False}
+    asked = {x.name: getattr(args, x.name) for x in fields(Args) if getattr(args, x.name) != x.default}
+    for name, value in asked.items():
+        if name not in free and value != saved[name]:
+            flags = ", ".join(f"--{x}" for x in free).replace("_", "-")
+            fail(f"--{name.replace('_', '-')} {value}: the run at {path} has {saved[name]}; allowed to change: {flags}")
+    return replace(Args(**saved), **{name: value for name, value in asked.items() if name in free})
+
+
+# SHARED(planet, dreamerv2, dreamerv3, merlin): restore_weights
+def restore_weights(agent, state, path):
+    """Load a state_dict, or stop with one line where shapes differ."""
+    try:
+        agent.load_state_dict(state)
+    except RuntimeError as error:
+        line = str(error).splitlines()[-1].strip()
+        fail(f"{path}: made for other observations or actions ({line}); allowed: its own environment and version")
+
+
+def load_agent(path, args=None):
+    """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
+    state = load(path, "cpu", need=("args", "agent"))
+    free = ("eval", "analyse", "eval_episodes", "seed", "device", "capture_video")
+    args = resolve(merge(args or Args(), path, state["args"], free))
+    envs = make_envs(args.env_id, 1, args.seed, args)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args)
+    envs.close()
+    restore_weights(agent, state["agent"], path)
+    return agent, args
+
+
+def show(args):
+    """--eval and --analyse: print the returns, leave a GIF or a picture beside the checkpoint."""
+    path = Path(args.eval or args.analyse)
+    folder = path if path.is_dir() else path.parent
+    agent, args = load_agent(path, args)
+    if args.analyse:
+        if not agent.merlin:
+            fail(f"--analyse {path}: an agent of --agent {args.agent}; allowed: one of merlin")
+        analyse(agent, args, folder / "analysis.png")
+        print(f"{folder}/analysis.png: reads and predictions in one episode")
+        return {"run_dir": str(folder)}
+    scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
+    print(f"{args.env_id}, {len(scores)} episodes: " + " ".join(f"{score:g}" for score in scores))
+    print(f"mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
+    return {"run_dir": str(folder), "returns": scores}
+
+
+# === Part 3: training =================================================================================================
+
+
+# DIFFERS(planet, dreamerv2, dreamerv3): describe
+def describe(args, agent, run_dir):
+    """Say what is about to run, before it takes hours."""
+    gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
+    warning = "CPU  <-- WARNING: no GPU; images are slow" if agent.decoder.images else "CPU (vectors: fine)"
+    print(f"run       {run_dir}\ndevice    {gpu or warning}; PyTorch {torch.__version__}")
+    print(f"agent     {args.agent}, {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
+    if agent.remembers:
+        print(f"memory    {args.rows} rows of {2 * args.stoch} numbers for each of {args.num_envs} environments")
+    print(f"training  1 update on a window of {args.window} steps of all environments, each window once")
+    steps = f"{args.total_timesteps:,} policy steps = {args.total_timesteps * args.action_repeat:,} frames"
+    print(f"length    {steps}", flush=True)
+
+
+# SHARED(planet, dreamerv2, dreamerv3, merlin): open_writer
+def open_writer(args, run_dir, step):
+    """TensorBoard, mirrored to Weights & Biases with --track."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    if args.track:
+        import wandb
+
+        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name)
+        wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
+    writer = SummaryWriter(run_dir, purge_step=step + 1 if step else None)
+    table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", step)
+    return writer
+
+
+# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): finite
+def finite(stats):
+    """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
+    update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
+    """
+    values = dict(zip(stats, torch.stack([x.float() for x in stats.values()]).tolist() if stats else [], strict=True))
+    bad = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
+    if bad:
+        raise FloatingPointError(", ".join(bad))
+    return values
+
+
+def record(writer, args, now, stats, spent, since):
+    """One progress line, and the scalars for TensorBoard. spent: seconds by part; since: time and step of last call.
+
+    On a GPU perf/train_ms is the time to queue updates; the wait until they are done is in perf/act_ms.
+    """
+    steps, seconds = max(1, now["step"] - since[1]), time.time() - since[0]
+    score = np.mean(now["recent"]) if now["recent"] else float("nan")
+    left = max(0, args.total_timesteps - now["step"]) * seconds / steps
+    line = f"step {now['step']:,}/{args.total_timesteps:,}  return {score:.1f}  {steps / seconds:.1f} steps/s"
+    line += f"  updates {now['updates']:,}  loss {stats.get('losses/total', float('nan')):.1f}"
+    print(f"{line}  left {int(left // 3600)}:{int(left % 3600 // 60):02}:{int(left % 60):02}", flush=True)
+    scalars = {**stats, **{f"perf/{key}_ms": 1000 * x / steps for key, x in spent.items()}}
+    scalars |= {"charts/SPS": steps / seconds, "charts/frames": now["step"] * args.action_repeat}
+    scalars |= {"charts/gradient_steps": now["updates"]}
+    for key, value in scalars.items():
+        writer.add_scalar(key, value, now["step"])
+
+
+def checkpoint(args, run_dir, agent, now, writer):
+    """Write all that a resumed run needs; environments and state of the agent begin anew after each checkpoint."""
+    cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
+    parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now}
+    parts |= {"random": torch.get_rng_state(), "cuda_random": cuda, "args": asdict(args)}
+    save(run_dir / "checkpoint.pt", **parts, source=SOURCE)
+    writer.flush()
+
+
+def restore(saved, args, agent):
+    """Bring agent and random state to where the checkpoint was taken. -> now."""
+    restore_weights(agent, saved["agent"], args.resume)
+    agent.optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["random"].cpu())
+    if agent.device.type == "cuda" and saved["cuda_random"] is not None:
+        torch.cuda.set_rng_state(saved["cuda_random"].cpu(), agent.device)
+    return saved["now"]
+
+
+def collect(args, agent, envs, row, state, now, writer, spent):
+    """Play a window. -> the batch for update; row and state after it; spent: seconds by part, added to."""
+    start, rows = {f"state/{key}": x for key, x in state.items()}, []
+    for _ in range(args.window):
+        times = [time.time()]
+        action, state = agent.act(row, row["is_first"], state)
+        rows.append({**row, "action": action, "noise": agent.seen["noise"].clone()})
+        times.append(time.time())
+        now["step"] += int((~row["is_last"]).sum())  # a reset is no step
+        row = next_row(envs, action, row)
+        for n in range(args.num_envs):
+            now["returns"][n] = now["returns"][n] * (not row["is_first"][n]) + float(row["reward"][n])
+            now["lengths"][n] = 0 if row["is_first"][n] else now["lengths"][n] + 1
+            if row["is_last"][n]:
+                writer.add_scalar("charts/episodic_return", now["returns"][n], now["step"])
+                writer.add_scalar("charts/episodic_length", now["lengths"][n], now["step"])
+                now["recent"] = [*now["recent"], now["returns"][n]][-100:]
+        times.append(time.time())
+        spent["act"], spent["env"] = spent["act"] + times[1] - times[0], spent["env"] + times[2] - times[1]
+    noise = torch.randn_like(rows[-1]["noise"])
+    rows.append({**row, "action": np.zeros_like(action), "noise": noise})  # for its value
+    batch = {key: torch.stack([torch.as_tensor(x[key], device=agent.device) for x in rows], 1) for key in rows[0]}
+    return {**batch, **start}, row, state
+
+
+# DIFFERS(planet, dreamerv2, dreamerv3): learn
+def learn(args, agent, envs, now, writer, run_dir):
+    """The loop: play a window, learn from it, until total_timesteps. -> the last statistics.
+
+    now: see train, kept up to date.
+    """
+    row, state = start_row(envs, args.seed + now["step"]), agent.initial(args.num_envs)
+    stats, since, spent = {}, (time.time(), now["step"]), {"act": 0.0, "train": 0.0, "env": 0.0}
+    while now["step"] < args.total_timesteps:
+        before = now["step"]
+        batch, row, state = collect(args, agent, envs, row, state, now, writer, spent)
+        began = time.time()
+        stats = agent.update(batch)
+        now["updates"] += 1
+        if agent.device.type == "cpu":
+            finite(stats)
+        spent["train"] += time.time() - began
+        done = now["step"] >= args.total_timesteps
+        if time.time() - since[0] > args.log_every or done:
+            record(writer, args, now, finite(stats), spent, since)
+            since, spent = (time.time(), now["step"]), dict.fromkeys(spent, 0.0)
+        if before // args.checkpoint_every < now["step"] // args.checkpoint_every or done:
+            finite(stats)
+            now.update(returns=[0.0] * args.num_envs, lengths=[0] * args.num_envs)
+            checkpoint(args, run_dir, agent, now, writer)
+            if args.capture_video:
+                scores = evaluate(agent, args, 1, run_dir / f"episode-{now['step']}.gif")
+                writer.add_scalar("eval/episodic_return", scores[0], now["step"])
+            row, state = start_row(envs, args.seed + now["step"]), agent.initial(args.num_envs)
+    return finite(stats)
+
+
+# DIFFERS(planet, dreamerv2, dreamerv3): train
+def train(args: Args) -> dict:
+    """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
+    modes = [f"--{name}" for name in ("resume", "eval", "analyse") if getattr(args, name)]
+    if len(modes) > 1:
+        fail(f"{' '.join(modes)}: one of them at a time is allowed")
+    if args.eval or args.analyse:
+        return show(args)
+    saved = load(args.resume, "cpu", need=("args", "agent", "now")) if args.resume else None
+    free = ("resume", "total_timesteps", "device", "checkpoint_every", "log_every", "capture_video", "track")
+    args = resolve(merge(args, args.resume, saved["args"], free) if saved else args)
+    tune(args)
+    for seed in random.seed, np.random.seed, torch.manual_seed:
+        seed(args.seed)
+    envs = make_envs(args.env_id, args.num_envs, args.seed, args)
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    agent = Agent(obs_space, action_space, args)
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.run_root) / name
+    if saved:
+        run_dir = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(saved))
+    except OSError as error:
+        fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
+    describe(args, agent, run_dir)
+    # now: all that a run knows beside its weights
+    now = {"step": 0, "updates": 0, "recent": [], "returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
+    if saved:
+        now = restore(saved, args, agent)
+    writer = open_writer(args, run_dir, now["step"])
+    try:
+        stats = learn(args, agent, envs, now, writer, run_dir)
+    except Exception as error:
+        last = f"{run_dir} holds the last checkpoint" if (run_dir / "checkpoint.pt").exists() else "no checkpoint yet"
+        raise RuntimeError(f"policy step {now['step']:,}: {type(error).__name__}: {error} ({last})") from error
+    finally:
+        writer.close()  # first: the environments of a broken simulator may raise again
+        envs.close()
+    score = float(np.mean(now["recent"])) if now["recent"] else float("nan")
+    result = {"run_dir": str(run_dir), "global_step": now["step"], "updates": now["updates"], "episodic_return": score}
+    return {**result, **stats}
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,514 @@
+# SPDX-License-Identifier: MIT
+"""merlin.py: the memory in closed form, who learns from what, targets by hand, the game, runs of all three agents."""
+
+import pathlib
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import shape_comments
+import torch
+from gymnasium import spaces
+from test_common import same
+
+import merlin
+
+AGENTS = ["merlin", "rl_mem", "rl_lstm"]
+
+
+def args_of(env_id="MemoryGame-6-v0", **flags):
+    return merlin.resolve(merlin.Args(env_id=env_id, size="debug", device="cpu", **flags))
+
+
+def made(env_id="MemoryGame-6-v0", **flags):
+    """-> environments, an agent with weights that are not zero anywhere."""
+    args = args_of(env_id, **flags)
+    envs = merlin.make_envs(env_id, args.num_envs, args.seed, args)
+    torch.manual_seed(0)
+    agent = merlin.Agent(envs.single_observation_space, envs.single_action_space, args)
+    if agent.merlin:
+        torch.nn.init.normal_(agent.posterior[-1].weight, std=0.3)
+    return envs, agent
+
+
+class Silent:
+    """A writer that writes nothing."""
+
+    def add_scalar(self, *_):
+        pass
+
+
+def window(envs, agent, windows=1):
+    """-> batch of the last of some windows, row and state after it."""
+    now = {"step": 0, "recent": [], "returns": [0.0] * envs.num_envs, "lengths": [0] * envs.num_envs}
+    row, state = merlin.start_row(envs, 0), agent.initial(envs.num_envs)
+    for _ in range(windows):
+        spent = {"act": 0.0, "env": 0.0}
+        batch, row, state = merlin.collect(agent.args, agent, envs, row, state, now, Silent(), spent)
+    return batch, row, state
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def written(order, T=9, R=20, gamma=0.8, grad=False, N=3, Z=4):
+    """Write T random contents without reads that matter. -> contents (N, T, Z), memory (N, R, 2*Z), state."""
+    torch.manual_seed(0)
+    z, memory = torch.randn(N, T, Z), torch.zeros(N, R, 2 * Z)
+    state = {key: torch.zeros(N, R) for key in ("retro", "last", "usage")} | {"count": torch.zeros(N).long()}
+    with torch.set_grad_enabled(grad):
+        for t in range(T):
+            memory, state = merlin.write(memory, state, z[:, t], torch.zeros(N, 1, R), gamma, order)
+    return z, memory, state
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("order", ["paper", "lecture", "none"])
+def test_memory_in_closed_form(order, grad):
+    """Row i: z_i, and (1 - gamma) sum of gamma^(t-i-1) z_t over t > i; lecture: gamma^(t-i) over t >= i."""
+    z, memory, state = written(order, grad=grad)
+    assert torch.equal(memory[:, :9, :4], z) and (memory[:, 9:] == 0).all()  # first halves are never touched again
+    for i in range(9):
+        terms = {"paper": [(0.8 ** (t - i - 1), t) for t in range(i + 1, 9)], "none": []}
+        terms["lecture"] = [(0.8 ** (t - i), t) for t in range(i, 9)]
+        expected = sum((0.2 * weight * z[:, t] for weight, t in terms[order]), torch.zeros(3, 4))
+        assert torch.allclose(memory[:, i, 4:], expected, atol=1e-6), i
+    assert (state["count"] == 9).all()
+
+
+def test_rows_are_reused():
+    """A full memory gives up the row read least, with its usage and its share of what comes; the others stay."""
+    R, N, gamma = 4, 2, 0.5
+    z = torch.randn(N, 6, 3)
+    memory = torch.zeros(N, R, 6)
+    state = {key: torch.zeros(N, R) for key in ("retro", "last", "usage")} | {"count": torch.zeros(N).long()}
+    reads = torch.tensor([[0.4, 0.1, 0.3, 0.9], [0.1, 0.4, 0.9, 0.9]])[:, None]
+    kept = []
+    for t in range(5):
+        before = memory.clone()
+        memory, state = merlin.write(memory.clone(), state, z[:, t], reads, gamma, "paper")
+        kept.append((before, memory.clone(), {key: x.clone() for key, x in state.items()}))
+    # usage at the fifth step: rows 0 to 3 were written at steps 0 to 3, and read since then
+    since = reads[:, 0] * torch.tensor([4, 3, 2, 1])
+    least = since.argmin(1)
+    before, after, state = kept[-1]
+    for n in range(N):
+        i = int(least[n])
+        assert torch.equal(after[n, i], torch.cat([z[n, 4], torch.zeros(3)]))
+        others = [j for j in range(R) if j != i]
+        assert torch.equal(after[n, others, :3], before[n, others, :3])
+        assert state["usage"][n, i] == 0 and state["retro"][n, i] == 0 and state["last"][n].argmax() == i
+        assert torch.allclose(state["usage"][n, others], since[n, others])
+    assert len(set(least.tolist())) == 2
+
+
+def test_read():
+    """Weights sum to 1, a strong key finds its row, a weak one reads all alike, and empty rows have similarity 0."""
+    memory = torch.eye(4)[None].repeat(2, 1, 1) * torch.tensor([1, 5, 0.2, 0])[:, None]
+    keys = torch.tensor([[[0, 3.0, 0, 0], [0, 0, 0.1, 0]]]).repeat(2, 1, 1)
+    for strength, expected in (50.0, [[0, 1, 0, 0], [0, 0, 1, 0]]), (0.0, [[0.25] * 4] * 2):
+        reads, weights = merlin.read(memory, keys, torch.full((2, 2), strength))
+        assert torch.allclose(weights.sum(-1), torch.ones(2, 2))
+        assert torch.allclose(weights[0], torch.tensor(expected).float())
+        assert torch.allclose(reads, weights @ memory)
+    weights = merlin.read(memory, keys, torch.full((2, 2), 1.0))[1][0, 0]
+    assert torch.allclose(weights, torch.tensor([0, 1.0, 0, 0]).softmax(0), atol=1e-5)
+    keys = torch.zeros(1, 1, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(merlin.read(torch.zeros(1, 3, 4), keys, torch.ones(1, 1))[0].sum(), keys)
+    assert torch.isfinite(grad).all()
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+def test_targets_by_hand():
+    """A window with a time-out and a termination. Rows: 0, 1 end by time-out, 2 reset, 3, 4 terminal, 5 reset."""
+    reward = torch.tensor([[0, 1.0, 0, 2, 3, 0]])
+    value = torch.tensor([[10.0, 20, 30, 40, 50, 60]])
+    last = torch.tensor([[0, 1, 0, 0, 1, 0]]).bool()
+    terminal = torch.tensor([[0, 0, 0, 0, 1, 0]]).bool()
+    gamma, lam = 0.5, 0.8
+    deltas = [1 + 0.5 * 20 - 10, 0, 2 + 0.5 * 40 - 30, 3 + 0 - 40, 0]
+    expected = [deltas[0], 0, deltas[2] + 0.4 * deltas[3], deltas[3], 0]
+    out = merlin.advantages(reward, value, last, terminal, gamma, lam)
+    assert torch.allclose(out, torch.tensor([expected]))
+    returns = merlin.window_returns(reward, value, last, terminal, gamma)
+    assert torch.allclose(returns, torch.tensor([[1 + 0.5 * 20, 20, 2 + 0.5 * 3, 3, 0]]))
+    open_end = torch.zeros_like(last)
+    returns = merlin.window_returns(reward, value, open_end, open_end, gamma)
+    assert float(returns[0, 3]) == 3 + 0.5 * (0 + 0.5 * 60)
+
+
+def test_kl():
+    """Zero for a residual of zero, which is where a new agent begins; in closed form otherwise."""
+    _, agent = made()
+    torch.nn.init.zeros_(agent.posterior[-1].weight)
+    envs, _ = made()
+    losses, _ = agent.losses(window(envs, agent)[0])
+    assert (losses["kl"] == 0).all()
+    prior, shift = torch.randn(5, 8), torch.randn(5, 8) / 2
+    post = agent.gaussian(prior + shift)
+    (dm, dl), var = shift.chunk(2, -1), (2 * prior.chunk(2, -1)[1]).exp()
+    expected = 0.5 * (dm**2 / var + (2 * dl).exp() - 2 * dl - 1).sum(-1)
+    assert torch.allclose(merlin.kl_gaussian(*post, *agent.gaussian(prior)), expected, rtol=1e-4)
+
+
+def test_losses_by_hand():
+    """Cross-entropies of card and symbol, of the action before, squared error of the reward; nothing at the start."""
+    envs, agent = made()
+    batch = window(envs, agent, windows=3)[0]
+    out = agent.unroll(batch)
+    losses, _ = agent.losses(batch)
+    T = losses["obs"].shape[1]
+    recon = agent.decoder(out["z"][:, :T].flatten(0, 1))
+    recon = {key: x.unflatten(0, (-1, T)) for key, x in recon.items()}
+    card, symbol = recon["vector"].split([6, 3], -1)
+    expected = sum(
+        torch.nn.functional.cross_entropy(x.flatten(0, 1), batch["vector"][:, :T, i].flatten(), reduction="none")
+        for i, x in enumerate((card, symbol))
+    )
+    assert torch.allclose(losses["obs"].flatten(), expected, atol=1e-5)
+    assert torch.allclose(losses["reward"], (recon["reward"] - batch["reward"][:, :T]) ** 2 / 2)
+    before = torch.cat([torch.zeros_like(batch["action"][:, :1]), batch["action"][:, : T - 1]], 1)
+    ce = -recon["action"].log_softmax(-1).gather(-1, before[..., None])[..., 0] * ~batch["is_first"][:, :T]
+    assert torch.allclose(losses["action"][:, 1:], ce[:, 1:], atol=1e-5) and batch["is_first"].any()
+    ends = batch["is_last"][:, :T]
+    assert ends.any() and (losses["policy"][ends] == 0).all() and (losses["value"][ends] == 0).all()
+    assert (losses["policy"][~ends] != 0).all()
+
+
+# --- who learns from what ---------------------------------------------------------------------------------------------
+
+
+def reached(agent, loss):
+    grads = torch.autograd.grad(loss, agent.params, allow_unused=True, retain_graph=True)
+    names = [name for name, _ in agent.named_parameters()]
+    return {name.split(".")[0] for name, g in zip(names, grads, strict=True) if g is not None and g.abs().max() > 0}
+
+
+def test_policy_and_predictor_are_apart():
+    """The policy's loss reaches the policy alone; every loss of the predictor, the predictor alone."""
+    envs, agent = made()
+    losses, _ = agent.losses(window(envs, agent, windows=2)[0])
+    policy = {"policy", "policy_lstm", "policy_keys"}
+    assert reached(agent, losses["policy"].mean()) == policy
+    predictor = {"encoder", "decoder", "prior", "posterior", "lstm", "keys", "value", "advantage"}
+    found = set()
+    for key in losses.keys() - {"policy"}:
+        mine = reached(agent, losses[key].mean())
+        assert mine <= predictor, key
+        found |= mine
+    assert found == predictor - {"encoder"}  # which only concatenates integers
+    assert "posterior" in reached(agent, losses["obs"].mean()) & reached(agent, losses["value"].mean())
+    assert {"lstm", "keys"} <= reached(agent, losses["obs"].mean())  # through the prior, over time
+
+
+def test_ablations():
+    """No gradient of returns, no reconstruction, no prior, no retroactive half: each leaves out what it says."""
+    envs, agent = made(return_grad=False)
+    losses, _ = agent.losses(window(envs, agent)[0])
+    assert reached(agent, losses["value"].mean()) == {"value"}
+    assert reached(agent, losses["advantage"].mean()) == {"advantage"}
+    envs, agent = made(prior=False)
+    batch = window(envs, agent)[0]
+    assert (agent.unroll(batch)["prior"] == 0).all() and "prior" not in reached(
+        agent, agent.losses(batch)[0]["kl"].mean()
+    )
+    envs, agent = made(retroactive="none")
+    memory = window(envs, agent)[2]["memory"]
+    assert (memory[..., 4:] == 0).all() and memory[..., :4].abs().max() > 0
+    envs, agent = made(alpha_obs=0.0)
+    stats = agent.update(window(envs, agent)[0])
+    scaled = {"kl": 1, "action": 50, "reward": 50, "value": 1, "advantage": 1, "policy": 1}
+    total = sum(weight * float(stats[f"losses/{key}"]) for key, weight in scaled.items())
+    assert float(stats["losses/total"]) == pytest.approx(total, rel=1e-4)
+
+
+def test_baselines_learn_what_they_store():
+    """RL-MEM: the content of rows has a gradient, over time. RL-LSTM has neither memory nor decoder."""
+    envs, agent = made(agent="rl_mem")
+    losses, _ = agent.losses(window(envs, agent, windows=2)[0])
+    assert losses.keys() == {"policy", "value"}
+    assert {"content", "policy_keys", "policy_lstm", "policy"} <= reached(agent, losses["policy"].mean())
+    envs, agent = made(agent="rl_lstm")
+    assert "memory" not in agent.initial(2)
+    names = {name.split(".")[0] for name, _ in agent.named_parameters()}
+    assert names == {"policy_lstm", "policy", "value"}
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("env_id", ["MemoryGame-6-v0", "Tiny-both-discrete-v0"])
+def test_window_repeats_what_acting_did(name, env_id):
+    """unroll gives the logits and latents of acting, across episode ends, from a state carried over a window."""
+    envs, agent = made(env_id, agent=name)
+    seen, real = [], agent.act_step
+    agent.captured_act.fn = lambda inputs: seen.append(real(inputs)) or seen[-1]
+    batch, _, state = window(envs, agent, windows=2)
+    assert batch["is_first"][:, 1:].any()
+    with torch.no_grad():
+        out = agent.unroll(batch)
+    T = agent.args.window
+    for key in {"logits", "z", "post", "prior", "weights"} & out.keys():
+        acted = torch.stack([x[key] for x in seen[-T:]], 1)
+        assert torch.allclose(out[key][:, :T], acted, atol=1e-5), key
+    assert torch.equal(batch["state/action"], seen[-T - 1]["state/action"])
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_reset_of_one_environment(name):
+    """What is_first forgets is that environment's alone: the others are the same bit by bit."""
+    envs, agent = made(agent=name)
+    _, row, state = window(envs, agent)
+    results = []
+    for first in (0, 0, 0), (0, 1, 0):
+        is_first = np.resize(np.array(first, bool), envs.num_envs) * (np.arange(envs.num_envs) < 3)
+        torch.manual_seed(1)
+        copied = {key: x.clone() for key, x in state.items()}
+        results.append(agent.act(row, is_first, copied)[1])
+    others = [n for n in range(envs.num_envs) if n != 1]
+    for key, x in results[0].items():
+        assert torch.equal(x[others], results[1][key][others]), key
+    fresh = agent.initial(envs.num_envs)
+    torch.manual_seed(1)
+    begun = agent.act(row, np.ones(envs.num_envs, bool), fresh)[1]
+    assert all(torch.equal(x[1], begun[key][1]) for key, x in results[1].items())
+    assert not same(results[0], results[1])
+
+
+def test_policy_sees_the_memory_before_the_write():
+    """The row of a step is not there when the step reads: the first reads are of nothing."""
+    envs, agent = made()
+    row = merlin.start_row(envs, 0)
+    _, state = agent.act(row, row["is_first"], agent.initial(envs.num_envs))
+    assert (state["read"] == 0).all() and (state["policy_read"] == 0).all() and (state["memory"][:, 0] != 0).any()
+    _, state = agent.act(row, ~row["is_first"], state)
+    assert (state["read"] != 0).any() and (state["memory"][:, 1] != 0).any() and (state["memory"][:, 2] == 0).all()
+
+
+# --- the game ---------------------------------------------------------------------------------------------------------
+
+
+def play(cards, policy, games=400, **kwargs):
+    """-> mean return."""
+    game, scores = merlin.MemoryGame(cards, **kwargs), []
+    for seed in range(games):
+        obs, _ = game.reset(seed=seed)
+        scores.append(0.0)
+        partner_of, over = {}, False
+        while not over:
+            action = policy(game, obs, partner_of)
+            obs, reward, terminated, truncated, _ = game.step(action)
+            scores[-1] += reward
+            over = terminated or truncated
+    return np.mean(scores)
+
+
+def remembering(game, obs, partner_of):
+    """Turn the partner of the open card if it was seen and is still there, else the next card."""
+    card, symbol = int(obs[0]), int(obs[1])
+    partner_of.setdefault(symbol, set()).add(card)
+    known = [x for x in partner_of[symbol] if x != card and not game.removed[x]]
+    return known[0] + 1 if known else 0
+
+
+@pytest.mark.parametrize(
+    "cards,random,zero", [(6, -7.2, -8.6), (8, -11.2, -13.1), (12, -18.9, -21.1), (16, -26.8, -29.0)]
+)
+def test_game_returns(cards, random, zero):
+    """Random actions and always the next card earn what they earn in the course's game; a memory earns 2."""
+    rng = np.random.default_rng(0)
+    assert play(cards, lambda *_: rng.integers(cards + 1)) == pytest.approx(random, abs=0.5)
+    assert play(cards, lambda *_: 0) == pytest.approx(zero, abs=0.5)
+    assert play(cards, remembering) == pytest.approx(2.0, abs=0.25)
+
+
+def test_game_by_hand():
+    """Cards 0 1 0 1: the first is open at once; a card has no second partner; the end is an end, the limit is none."""
+    game = merlin.MemoryGame(4)
+    while game.reset(seed=np.random.randint(10**6)) and game.symbols.tolist() != [0, 1, 0, 1]:
+        pass
+    steps = [(0, [1, 1], -1, False), (0, [2, 0], -1, False), (1, [0, 0], 2, False), (3, [2, 0], -1, False)]
+    steps += [(0, [3, 1], -1, False), (2, [1, 1], 2, True)]
+    for action, obs, reward, terminated in steps:
+        out = game.step(action)
+        assert out[0].tolist() == obs and out[1] == reward and out[2] == terminated and not out[3]
+    game.reset(seed=0)
+    ends = [game.step(1)[2:4] for _ in range(8)]
+    assert ends == [(False, False)] * 7 + [(False, True)]
+
+
+def test_game_as_image():
+    """64 x 64 pixels; the open card shows its symbol, the same for both cards of a pair, others for other pairs."""
+    for cards in (4, 6, 12, 16, 36):
+        game, seen = merlin.MemoryGame(cards, image=True), {}
+        obs, _ = game.reset(seed=1)
+        for card in range(cards):
+            obs = game.step(card + 1)[0]
+            assert game.observation_space.contains(obs) and obs.shape == (64, 64, 3)
+            y, x = (64 // game.side * place + 1 for place in divmod(card, game.side))
+            size = 64 // game.side - 2
+            tile = obs[y : y + size, x : x + size]
+            assert (tile != 60).any() and (np.delete(obs.reshape(-1, 3), [], 0) == 60).sum() == (
+                cards - 1
+            ) * size**2 * 3
+            seen.setdefault(int(game.symbols[card]), []).append(tile.tobytes())
+        assert all(a == b for a, b in seen.values()) and len({a for a, _ in seen.values()}) == cards // 2
+    with pytest.raises(ValueError):
+        merlin.MemoryGame(5)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize(
+    "env_id,kwargs",
+    [
+        ("MemoryGame-6-v0", "{}"),
+        ("MemoryGame-4-v0", '{"image": true}'),
+        ("Tiny-both-discrete-v0", "{}"),
+        ("Tiny-odd-discrete-v0", "{}"),
+    ],
+)
+def test_runs(name, env_id, kwargs, tmp_path):
+    """Integers, images, vectors and all at once: finite figures, a checkpoint, evaluation that repeats itself."""
+    flags = dict(env_id=env_id, env_kwargs=kwargs, agent=name, size="debug", device="cpu", run_root=str(tmp_path))
+    result = merlin.train(merlin.Args(**flags, total_timesteps=200, num_envs=3))
+    assert np.isfinite([x for key, x in result.items() if key != "run_dir"]).all() and result["updates"] > 5
+    agent, args = merlin.load_agent(result["run_dir"], merlin.Args(device="cpu"))
+    state = torch.get_rng_state()
+    scores = merlin.evaluate(agent, args, 5, tmp_path / "eval.gif")
+    assert torch.equal(state, torch.get_rng_state()) and scores == merlin.evaluate(agent, args, 5) and len(scores) == 5
+    assert ("losses/image" in result) == (name == "merlin" and ("image" in kwargs or "both" in env_id))
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_resume_is_exact(name, tmp_path, monkeypatch):
+    """N steps are N/2 steps, a kill, and a resume, bit for bit: weights, optimiser, counters, random state."""
+    flags = dict(agent=name, size="debug", device="cpu", num_envs=3, total_timesteps=400, checkpoint_every=200)
+    real, calls, results = merlin.next_row, [], []
+
+    def killed(*args):
+        calls.append(0)
+        return real(*args) if len(calls) < 110 else 1 / 0
+
+    for root in tmp_path / "straight", tmp_path / "killed":
+        if root.name == "killed":
+            monkeypatch.setattr(merlin, "next_row", killed)
+            with pytest.raises(RuntimeError):
+                merlin.train(merlin.Args(**flags, run_root=str(root)))
+            monkeypatch.setattr(merlin, "next_row", real)
+            (run,) = root.iterdir()
+            assert 200 <= merlin.load(run, "cpu")["now"]["step"] < 300
+            torch.manual_seed(99)
+            merlin.train(merlin.Args(resume=str(run), device="cpu"))
+        else:
+            merlin.train(merlin.Args(**flags, run_root=str(root)))
+            (run,) = root.iterdir()
+        saved = merlin.load(run, "cpu")
+        results.append({key: saved[key] for key in ("agent", "optimizer", "now", "random")})
+    assert results[0]["now"] == results[1]["now"] and same(results[0]["agent"], results[1]["agent"])
+    assert torch.equal(results[0]["random"], results[1]["random"])
+    pairs = zip(results[0]["optimizer"]["state"].values(), results[1]["optimizer"]["state"].values(), strict=True)
+    assert all(same(a, b) for a, b in pairs)
+
+
+def test_update_learns_one_window():
+    """Again and again on one window: reconstruction falls, the latents come to say what was seen."""
+    envs, agent = made(learning_rate=1e-2)
+    batch = window(envs, agent, windows=2)[0]
+    history = [{key: float(x) for key, x in agent.update(batch).items()} for _ in range(150)]
+    assert all(np.isfinite(list(x.values())).all() for x in history)
+    assert history[-1]["losses/obs"] < history[0]["losses/obs"] / 2 and history[-1]["losses/kl"] > 0.3
+
+
+def test_analysis(tmp_path):
+    """--analyse leaves a picture; a baseline has none."""
+    pytest.importorskip("matplotlib")
+    for name in "merlin", "rl_mem":
+        flags = dict(size="debug", device="cpu", total_timesteps=60, run_root=str(tmp_path / name), agent=name)
+        run = merlin.train(merlin.Args(**flags))["run_dir"]
+        if name == "merlin":
+            merlin.train(merlin.Args(analyse=run, device="cpu"))
+            assert (pathlib.Path(run) / "analysis.png").stat().st_size > 10_000
+        else:
+            with pytest.raises(SystemExit):
+                merlin.train(merlin.Args(analyse=run, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    "flags,text",
+    [
+        (dict(env_id="MemoryGame-5-v0"), "5 cards"),
+        (dict(env_id="Pendulum-v1"), "allowed: Discrete"),
+        (dict(env_id="CartPol-v1"), "CartPole-v1"),
+        (dict(window=0), "--window 0"),
+        (dict(agent="rl_lstm", retroactive="none"), "--retroactive none"),
+        (dict(agent="rl_mem", prior=False), "--prior False"),
+        (dict(obs="image"), "--obs image"),
+        (dict(device="gpu"), "--device gpu"),
+        (dict(eval="nothing.pt"), "nothing.pt"),
+        (dict(eval="a", analyse="b"), "--eval --analyse"),
+    ],
+)
+def test_bad_input(flags, text, capsys, tmp_path):
+    """One line, exit code 2, no run folder."""
+    with pytest.raises(SystemExit) as stop:
+        merlin.train(merlin.Args(**{"size": "debug", "device": "cpu", "run_root": str(tmp_path / "runs"), **flags}))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and text in error and error.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_nan_stops(tmp_path, monkeypatch):
+    """A loss that is not finite stops the run with the step and the cause."""
+    real = merlin.window_returns
+    monkeypatch.setattr(merlin, "window_returns", lambda *x: real(*x) * np.nan)
+    with pytest.raises(RuntimeError, match="policy step .*losses/value is nan"):
+        merlin.train(merlin.Args(size="debug", device="cpu", run_root=str(tmp_path)))
+
+
+def test_presets():
+    """The paper's sizes; the memory game has a window and a memory for a whole episode, where not told otherwise."""
+    args = merlin.resolve(merlin.Args(size="paper"))
+    assert (args.stoch, args.hidden, args.keys, args.rows, args.window) == (200, 256, 3, 1350, 20)
+    assert (args.gamma, args.lam, args.entropy_scale, args.learning_rate) == (0.96, 0.9, 0.01, 1e-4)
+    args = merlin.resolve(merlin.Args(env_id="MemoryGame-8-v0"))
+    assert (args.window, args.rows) == (16, 18) and merlin.resolve(args) == args
+    assert merlin.resolve(merlin.Args(env_id="MemoryGame-8-v0", window=5)).window == 5
+    assert merlin.resolve(merlin.Args(env_id="CartPole-v1")).window == 16
+    for name, size in (("merlin", "paper"), ("rl_mem", "paper")):
+        args = merlin.resolve(merlin.Args(size=size, agent=name, device="cpu"))
+        image = spaces.Dict(image=spaces.Box(0, 255, (64, 64, 3), np.uint8))
+        agent = merlin.Agent(image, spaces.Discrete(5), args)
+        assert agent.encoder.image_net[-2].in_features == 64 * 8 * 8 and agent.encoder.image_net[-2].out_features == 500
+
+
+def test_shape_comments(tmp_path):
+    """Every trailing shape comment holds in a real run, with sizes chosen to be told apart, and each one is reached."""
+    flags = dict(stoch=6, hidden=11, units=13, keys=3, rows=17, window=5, num_envs=4)
+    known = dict(Z=6, W=12, R=17, A=3)
+    missed = []
+    for name, order in ("merlin", "paper"), ("merlin", "lecture"), ("rl_mem", "paper"), ("rl_lstm", "paper"):
+        own = dict(agent=name, retroactive=order, run_root=str(tmp_path / name / order), total_timesteps=60)
+
+        def run(own=own):
+            args = merlin.Args("envs:Tiny-both-discrete-v0", size="debug", device="cpu", **own, **flags)
+            result = merlin.train(args)
+            if args.agent == "merlin":
+                merlin.train(merlin.Args(analyse=result["run_dir"], device="cpu"))
+
+        errors, checked, unreached = shape_comments.check(merlin.__file__, run, known)
+        assert errors == [] and len(checked) > 10
+        missed.append(unreached)
+    assert set.intersection(*missed) == set()
+
+
+def test_registering_is_lazy():
+    """The game is known to gymnasium once it is asked for, by cards."""
+    merlin.register_game("MemoryGame-10-v0")
+    assert gym.make("MemoryGame-10-v0").action_space == spaces.Discrete(11)
+    merlin.register_game("MemoryGame-x-v0")
+    assert "MemoryGame-x-v0" not in gym.registry

@@ -39,6 +39,7 @@ CPU = {
     "DreamerV2 update, small, vectors, dynamics": dict(module="dreamerv2", size="small", shape=VECTOR, box=True),
     "DreamerV2 act, atari-fast, 1 environment": {**FAST, "act": 1},
     "DreamerV2 act, atari-fast, 16 environments": {**FAST, "act": 16},
+    **{f"MemoryGame-6-v0, {x}": dict(module="merlin", game=x) for x in ("merlin", "rl_mem", "rl_lstm")},
     "PlaNet update, 50x50": dict(module="planet"),
     "PlaNet update, 50x50, small, vectors": dict(module="planet", size="small", shape=VECTOR),
     "PlaNet plan, 1 environment": dict(module="planet", shape=VECTOR, act=1),
@@ -75,13 +76,20 @@ def timed(work, wait, budget):
     return 1000 * statistics.median(times), (time.process_time() - cpu) / len(times)
 
 
-def measure(began, device, budget, module="dreamerv3", shape=IMAGE, act=0, pong=False, rows=0, box=False, **flags):
+def measure(
+    began, device, budget, module="dreamerv3", shape=IMAGE, act=0, pong=False, rows=0, box=False, game=None, **flags
+):
     """One case -> {column: number}. began: when the process was started."""
     import numpy as np
     import torch
     from gymnasium import spaces
 
     module = importlib.import_module(module)
+    if game:
+        with tempfile.TemporaryDirectory() as root:
+            cpu, flags = time.process_time(), dict(agent=game, total_timesteps=30_000, log_every=1e9, run_root=root)
+            steps = module.train(module.Args(device=device, **flags))["global_step"]
+            return {"agent steps / core s": steps / (time.process_time() - cpu)}
     if pong:
         with tempfile.TemporaryDirectory() as root:
             flags |= dict(total_timesteps=340, learning_starts=192, log_every=1e9, run_root=root)

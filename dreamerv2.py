@@ -349,7 +349,7 @@ def mlp(inputs, units, layers, norm):
     return nn.Sequential(*[module for part in parts for module in part])
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): is_image
+# SHARED(planet, dreamerv2, dreamerv3): is_image
 def is_image(space):
     """uint8 of rank 3 goes to the convolutions, everything else to the MLP."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
@@ -1045,7 +1045,7 @@ class Replay:
 # --- environments -----------------------------------------------------------------------------------------------------
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): DMControl
+# SHARED(planet, dreamerv2, dreamerv3): DMControl
 class DMControl(gym.Env):
     """dm_control/<domain>-<task>-v0. Episodes end by time limit (discount still 1): truncated, not terminated."""
 

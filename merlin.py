@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch==2.13.0", "numpy", "gymnasium>=1.3", "ale-py", "dm_control", "mujoco>=3.17,<4", "tyro", "tensorboard",
+#   "torch==2.13.0", "numpy", "gymnasium>=1.3", "ale-py", "tyro", "tensorboard",
 # ]
 # ///
 """MERLIN: a memory whose contents are learned by prediction, read by a policy that cannot write. With its baselines.
@@ -13,7 +13,7 @@ is that of the paper, "lecture" the course NPFL139, whose memory game this file 
     python merlin.py                                      MERLIN on the memory game with 6 cards, on a CPU in minutes
     python merlin.py --agent rl_mem                       the same memory, trained by reinforcement alone; or rl_lstm
     python merlin.py --env-id MemoryGame-8-v0             4, 6, 8, ... cards; --env-kwargs '{"image": true}': as pixels
-    python merlin.py --env-id MiniGrid-MemoryS11-v0       any other gymnasium id, with Discrete actions
+    python merlin.py --env-id minigrid:MiniGrid-MemoryS11-v0       any other id with Discrete actions; images: 64 x 64
     python merlin.py --resume runs/...                    go on where the last checkpoint stands
     python merlin.py --eval runs/.../checkpoint.pt        play 10 episodes, print the returns, save eval.gif
     python merlin.py --analyse runs/.../checkpoint.pt     which row is read when, and what is predicted: analysis.png
@@ -39,8 +39,11 @@ Differs from the paper, on purpose:
 - What is written to memory has no gradient in MERLIN: latents are shaped by their own decoder. In RL-MEM it has one.
 - A time-out bootstraps, as everywhere in this repository; the paper does not speak of it.
 - Usage counts the reads of the predictor, not those of the policy. It matters in episodes longer than the memory only.
-- Every checkpoint begins new episodes, so that a resumed run equals an uninterrupted one without environments' state.
-- Learning rates, entropy and weights of size small are ours, found on the memory game.
+- Every checkpoint begins new episodes, so that a run killed and resumed equals one left alone, without the state of the
+  environments. Nothing is seen of episodes that last longer than that.
+- The image decoder doubles its resolution by repeating pixels before a block, not by transposed convolutions.
+- All alphas are ours, as are rates, discount and entropy of size small: found on the memory game. What of observations
+  cannot be put into numbers, such as text, is left out.
 """
 
 import ctypes
@@ -71,17 +74,18 @@ SOURCE = Path(__file__).read_text(encoding="utf-8")  # goes into every checkpoin
 
 @dataclass
 class Args:
-    env_id: str = "MemoryGame-6-v0"  # MemoryGame-<cards>-v0, or any gymnasium id (module:Id too), Discrete actions
+    env_id: str = (
+        "MemoryGame-6-v0"  # MemoryGame-<cards>-v0, ALE/*, or any gymnasium id (module:Id too), Discrete actions
+    )
     env_kwargs: str = "{}"  # arguments for the environment, as JSON
     agent: Literal["merlin", "rl_mem", "rl_lstm"] = "merlin"  # the baselines learn by reinforcement alone
     num_envs: int | None = None  # environments stepped together; by --size
-    action_repeat: int | None = None  # frames per policy step; Atari 4, dm_control 2, else 1
+    action_repeat: int | None = None  # frames per policy step; Atari 4, else 1
     atari_protocol: Literal["100k", "200m"] = "100k"  # 64x64 RGB, minimal actions; 200m: 96x96, which merlin refuses
-    obs: Literal["vector", "image", "both"] = "vector"  # dm_control only, whose actions merlin refuses
     seed: int = 1  # of weights, sampling and environments
     size: Literal["debug", "small", "paper"] = "small"  # networks, window and rates; small: the memory game on a CPU
     total_timesteps: int | None = None  # steps of all environments together; small 500_000
-    window: int | None = None  # T, steps through which gradients flow; memory game: an episode, paper 20
+    window: int | None = None  # T, steps through which gradients flow; small: 2 a card of the memory game; paper 20
     checkpoint_every: int | None = None  # steps between checkpoints, which begin new episodes; 100_000
     log_every: float = 10.0  # seconds between progress lines and between records of scalars
     gamma: float | None = None  # discount, of rewards and of the retroactive memory; paper 0.96
@@ -92,7 +96,7 @@ class Args:
     clip: float = 10.0  # largest gradient norm of the policy, and of the baselines
     predictor_clip: float = 500.0  # largest gradient norm of the predictor
     value_scale: float = 0.5  # of the baselines' value error
-    alpha_image: float = 10.0  # squared error of pixels in 0 to 1, summed; the KL has weight 1
+    alpha_image: float = 10.0  # half the squared error of pixels in 0 to 1, summed; the KL has weight 1
     alpha_obs: float = 50.0  # of other observations; with 1, random symbols are not worth their nats: nothing is stored
     alpha_action: float = 50.0  # of the previous action
     alpha_reward: float = 50.0  # of the previous reward
@@ -105,7 +109,7 @@ class Args:
     units: int | None = None  # of the hidden layers of policy, value and decoder; paper 200
     depth: int | None = None  # channels of the residual blocks; paper 64
     keys: int | None = None  # K; paper 3
-    rows: int | None = None  # R; memory game: those of an episode; paper 1350
+    rows: int | None = None  # R; small: as many as an episode of the memory game has; paper 1350
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     bf16: bool = True  # TF32 products on a GPU, bfloat16 ones on a CPU with AMX
     cuda_graph: bool = True  # replay the step of acting, and the whole update, as CUDA graphs on a GPU
@@ -125,7 +129,7 @@ class Args:
 PAPER = dict(total_timesteps=100_000_000, num_envs=32, window=20, checkpoint_every=1_000_000, gamma=0.96, lam=0.9)
 PAPER |= dict(entropy_scale=0.01, learning_rate=1e-4, policy_learning_rate=1e-4)
 PAPER |= dict(stoch=200, hidden=256, units=200, depth=64, keys=3, rows=1350)
-SMALL = dict(total_timesteps=500_000, window=16, checkpoint_every=100_000, gamma=0.95, lam=0.95, entropy_scale=0.1)
+SMALL = dict(total_timesteps=500_000, window=16, checkpoint_every=100_000, gamma=0.8, lam=0.9, entropy_scale=0.04)
 SMALL |= dict(learning_rate=3e-3, policy_learning_rate=1e-3, stoch=16, hidden=64, units=64, depth=16, rows=64)
 DEBUG = {**SMALL, "total_timesteps": 2_000, "num_envs": 8, "window": 8, "checkpoint_every": 1_000, "rows": 10}
 DEBUG |= dict(stoch=4, hidden=8, units=8, depth=4, keys=2)
@@ -139,23 +143,30 @@ def resolve(args: Args) -> Args:
 
     Stops with exit code 2 where flags are impossible or contradict each other.
     """
-    game = re.fullmatch(r"MemoryGame-(\d+)-v0", args.env_id)
+    game = re.fullmatch(r"MemoryGame-([1-9]\d*)-v0", args.env_id)
+    if game and '"cards"' in args.env_kwargs:
+        fail(f"--env-kwargs {args.env_kwargs}: allowed: cards in --env-id, as in MemoryGame-{game[1]}-v0")
     whole = {"window": 2 * int(game[1]), "rows": 2 * int(game[1]) + 2} if game and args.size == "small" else {}
+    foreign = ["value_scale"] if args.agent == "merlin" else ["learning_rate", "predictor_clip", "prior", "return_grad"]
+    foreign += [x.name for x in fields(Args) if x.name.startswith("alpha_") and args.agent != "merlin"]
+    foreign += ["retroactive"] if args.agent == "rl_lstm" else []
+    for name in foreign:
+        if getattr(args, name) not in (getattr(Args, name), {**PAPER, **SIZES[args.size]}.get(name)):
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: is of no use with --agent {args.agent}")
     preset = {**PAPER, **SIZES[args.size], **whole}
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
-    repeat = {"ALE": 4, "dm_control": 2}.get(args.env_id.split("/")[0], 1)
-    args = replace(args, action_repeat=repeat if args.action_repeat is None else args.action_repeat)
+    atari = args.env_id.startswith("ALE/")
+    args = replace(args, action_repeat=(4 if atari else 1) if args.action_repeat is None else args.action_repeat)
     positive = ["num_envs", "action_repeat", "total_timesteps", "window", "checkpoint_every", "eval_episodes", "stoch"]
+    positive += ["learning_rate", "policy_learning_rate"]
     for name in [*positive, "hidden", "units", "depth", "keys", "rows", "clip", "predictor_clip"]:
         if getattr(args, name) <= 0:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than 0")
-    if args.agent != "merlin":
-        for name in ("retroactive", "prior", "return_grad", "analyse"):
-            if getattr(args, name) != getattr(Args, name) and (name, args.agent) != ("retroactive", "rl_mem"):
-                fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: with --agent merlin only")
-    for name, only in ("obs", "dm_control"), ("atari_protocol", "ALE"):
-        if getattr(args, name) != getattr(Args, name) and not args.env_id.startswith(only + "/"):
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: with --env-id {only}/... only")
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name} {getattr(args, name)}: allowed: 0 to 1")
+    if args.atari_protocol != Args.atari_protocol and not atari:
+        fail(f"--atari-protocol {args.atari_protocol}: allowed: with --env-id ALE/... only")
     if args.track and not importlib.util.find_spec("wandb"):
         fail("--track: Weights & Biases is missing; allowed after: pip install wandb")
     return args
@@ -268,10 +279,10 @@ def policy_loss(logp, entropy, advantage, entropy_scale):
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): is_image
 def is_image(space):
-    """uint8 of rank 3 goes to the convolutions, everything else to the MLP."""
-    return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
+    """uint8 of rank 3 goes to the convolutions, but for symbols on a small grid; all else is numbers."""
+    bytes3 = isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
+    return bytes3 and min(space.shape[:2]) > 16
 
 
 # DIFFERS(planet, dreamerv2, dreamerv3): mlp
@@ -288,7 +299,7 @@ def onehots(x, counts):
 
 
 class Bottleneck(nn.Module):
-    """Residual block: 1x1, 3x3, 1x1 convolutions with half the channels inside; the first one changes the resolution.
+    """Residual block: 1x1, 3x3 to half the channels, 1x1 back; the first convolution changes the resolution.
 
     stride 2 halves it, -2 doubles it. No batch norm.
     """
@@ -296,16 +307,9 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs, channels, stride):
         super().__init__()
         scale = nn.Upsample(scale_factor=2) if stride < 0 else nn.Identity()
-        one = lambda a, b: nn.Conv2d(a, b, 1, max(stride, 1))
-        half = channels // 2
-        inner = [
-            one(inputs, half),
-            nn.ReLU(),
-            nn.Conv2d(half, half, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(half, channels, 1),
-        ]
-        self.inner, self.short = nn.Sequential(scale, *inner), nn.Sequential(scale, one(inputs, channels))
+        one, half = lambda: nn.Conv2d(inputs, channels, 1, max(stride, 1)), channels // 2
+        inner = [one(), nn.ReLU(), nn.Conv2d(channels, half, 3, padding=1), nn.ReLU(), nn.Conv2d(half, channels, 1)]
+        self.inner, self.short = nn.Sequential(scale, *inner), nn.Sequential(scale, one())
 
     def forward(self, x):
         return F.relu(self.inner(x) + self.short(x))
@@ -754,23 +758,27 @@ class MemoryGame(gym.Env):
     Seen is the card that was turned and its symbol; image: the board of 64 x 64 pixels, with that card open.
     """
 
-    def __init__(self, cards, image=False):
-        if cards < 2 or cards % 2 or (image and cards > 64):
-            raise ValueError(f"{cards} cards; an even number is needed, at most 64 as an image")
-        self.cards, self.image, self.action_space = cards, image, spaces.Discrete(cards + 1)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 2}
+
+    def __init__(self, cards, image=False, render_mode=None):
+        if cards < 2 or cards % 2 or cards > 64:
+            raise ValueError(f"{cards} cards; allowed: an even number, at most 64")
+        self.cards, self.image, self.render_mode = cards, image, render_mode
+        self.action_space = spaces.Discrete(cards + 1)
         self.observation_space = spaces.MultiDiscrete([cards, cards // 2])
         if image:
             self.observation_space = spaces.Box(0, 255, (64, 64, 3), np.uint8)
-            self.side = int(np.ceil(cards**0.5))  # of the board, in cards
-            pixels = 64 // self.side - 2
-            rng = np.random.default_rng(0)  # symbols are the same in every game: 5 x 5 patterns in three colours
-            patterns = rng.integers(0, 2, (cards // 2, 5, 5, 1)) * rng.integers(100, 256, (cards // 2, 1, 1, 3))
-            index = np.arange(pixels) * 5 // pixels
-            self.pictures = patterns[:, index][:, :, index].astype(np.uint8)
+        self.side = int(np.ceil(cards**0.5))  # of the board, in cards
+        pixels = 64 // self.side - 2
+        rng = np.random.default_rng(0)  # symbols are the same in every game: 5 x 5 patterns in many colours
+        patterns = rng.integers(0, 2, (cards // 2, 5, 5, 1)) * rng.integers(100, 256, (cards // 2, 1, 1, 3))
+        index = np.arange(pixels) * 5 // pixels
+        self.pictures = patterns[:, index][:, :, index].astype(np.uint8)
 
     def observe(self):
-        if not self.image:
-            return np.array([self.open, self.symbols[self.open]])
+        return self.render() if self.image else np.array([self.open, self.symbols[self.open]])
+
+    def render(self):
         board, step, size = np.zeros((64, 64, 3), np.uint8), 64 // self.side, 64 // self.side - 2
         for card in range(self.cards):
             y, x = (step * place + 1 for place in divmod(card, self.side))
@@ -802,50 +810,6 @@ def register_game(env_id):
         gym.register(env_id, MemoryGame, kwargs={"cards": int(game[1])})
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): DMControl
-class DMControl(gym.Env):
-    """dm_control/<domain>-<task>-v0. Episodes end by time limit (discount still 1): truncated, not terminated."""
-
-    def __init__(self, env_id, obs, repeat=1, size=64):
-        if sys.platform == "linux":
-            os.environ.setdefault("MUJOCO_GL", "egl")  # headless; must be set before the first import
-        self.domain, _, self.task = env_id.removeprefix("dm_control/").removesuffix("-v0").partition("-")
-        self.obs, self.repeat, self.size, self.camera = obs, repeat, size, 2 if self.domain == "quadruped" else 0
-        try:
-            from dm_control import suite
-
-            self.suite = suite
-            first, _ = self.reset(seed=0)
-        except (AttributeError, ImportError, RuntimeError) as error:  # as a rule: no renderer, or no package
-            fail(f"--env-id {env_id}: {error}; allowed: with dm_control and libegl, or MUJOCO_GL=disable")
-        box = lambda x: spaces.Box(*((0, 255) if x.dtype == np.uint8 else (-np.inf, np.inf)), x.shape, x.dtype)
-        self.observation_space = spaces.Dict({key: box(x) for key, x in first.items()})
-        spec = self.env.action_spec()
-        self.action_space = spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
-
-    def observe(self, step):
-        vectors = {key: np.float32(x).reshape(-1) for key, x in step.observation.items() if np.size(x)}
-        return (vectors if self.obs != "image" else {}) | ({"image": self.render()} if self.obs != "vector" else {})
-
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            self.env = self.suite.load(self.domain, self.task, task_kwargs={"random": seed})
-        return self.observe(self.env.reset()), {}
-
-    def step(self, action):
-        reward = 0.0
-        for _ in range(self.repeat):  # here rather than in a wrapper: only the last frame is rendered
-            step = self.env.step(action)
-            reward += step.reward or 0.0
-            if step.last():
-                break
-        terminated = step.last() and step.discount == 0
-        return self.observe(step), reward, terminated, step.last() and not terminated, {}
-
-    def render(self):
-        return self.env.physics.render(self.size, self.size, camera_id=self.camera)
-
-
 def adapt(env, args, repeat):
     """One environment -> Dict of uint8 images (H, W, C), integers (MultiDiscrete), and flat float32 vectors."""
     space, action = env.observation_space, env.action_space
@@ -854,8 +818,10 @@ def adapt(env, args, repeat):
     flag = f"--env-id {args.env_id}"
     if not isinstance(action, spaces.Discrete):
         fail(f"{flag}: action space {action}; allowed: Discrete")
-    if not all(part.is_np_flattenable for part in parts.values()):
-        fail(f"{flag}: observation space {space}; allowed: Box, Discrete, MultiDiscrete, or a Dict of such")
+    numeric = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
+    parts = {key: part for key, part in parts.items() if isinstance(part, numeric)}
+    if not parts:
+        fail(f"{flag}: observation space {space}; allowed: Box, Discrete, MultiDiscrete, MultiBinary, Dict of such")
     taken = {"action", "reward", "is_first", "is_last", "is_terminal", "noise", "greedy"}
     if any(key in taken or "." in key or hasattr(nn.ModuleDict, key) for key in parts):
         fail(f"{flag}: observation keys {list(parts)}; allowed: no dots, no attributes of nn.ModuleDict, not {taken}")
@@ -893,7 +859,7 @@ def atari_envs(env_id, num_envs, args, **kwargs):
 
 
 def make_envs(env_id, num_envs, seed, args):
-    """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
+    """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete actions."""
     family = env_id.split("/")[0]
     try:
         kwargs = dict(json.loads(args.env_kwargs))
@@ -906,8 +872,6 @@ def make_envs(env_id, num_envs, seed, args):
         gym.register_envs(ale_py)
 
     def make():
-        if family == "dm_control":
-            return adapt(DMControl(env_id, args.obs, args.action_repeat, **kwargs), args, repeat=1)
         mode = {"render_mode": "rgb_array"} if args.capture_video else {}  # an environment need not know render_mode
         return adapt(gym.make(env_id, **mode, **kwargs), args, args.action_repeat)
 
@@ -1127,10 +1091,10 @@ def show(args):
     """--eval and --analyse: print the returns, leave a GIF or a picture beside the checkpoint."""
     path = Path(args.eval or args.analyse)
     folder = path if path.is_dir() else path.parent
+    if args.analyse and load(path, "cpu", need=("args",))["args"].get("agent") != "merlin":
+        fail(f"--analyse {path}: a baseline; allowed: a run of --agent merlin")
     agent, args = load_agent(path, args)
     if args.analyse:
-        if not agent.merlin:
-            fail(f"--analyse {path}: an agent of --agent {args.agent}; allowed: one of merlin")
         analyse(agent, args, folder / "analysis.png")
         print(f"{folder}/analysis.png: reads and predictions in one episode")
         return {"run_dir": str(folder)}
@@ -1215,6 +1179,8 @@ def checkpoint(args, run_dir, agent, now, writer):
 def restore(saved, args, agent):
     """Bring agent and random state to where the checkpoint was taken. -> now."""
     restore_weights(agent, saved["agent"], args.resume)
+    for group in saved["optimizer"]["param_groups"]:
+        group["capturable"] = agent.device.type == "cuda"  # the run may have begun on another device
     agent.optimizer.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["random"].cpu())
     if agent.device.type == "cuda" and saved["cuda_random"] is not None:

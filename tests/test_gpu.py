@@ -83,3 +83,19 @@ def test_captured_plans(on):
     for p in agent.reward.parameters():
         p.data.zero_()
     assert torch.isfinite(agent.captured_plan(agent.rssm.initial(1))["action"]).all()
+
+
+@pytest.mark.parametrize("agent", ["merlin", "rl_mem", "rl_lstm"])
+def test_merlin_on_gpu(agent, tmp_path):
+    """merlin: captured acting and updates learn as eager ones do; a run goes on, on this device and the other."""
+    merlin = importlib.import_module("merlin")
+    flags = dict(agent=agent, size="debug", total_timesteps=3_000, checkpoint_every=10_000, device="cuda")
+    results = []
+    for on in (False, True):
+        results.append(merlin.train(merlin.Args(**flags, cuda_graph=on, run_root=str(tmp_path / str(on)))))
+    for key in ("losses/total", "stats/policy_entropy"):
+        assert np.isclose(*[result[key] for result in results], rtol=0.5, atol=0.1), key
+    for device in ("cuda", "cpu"):
+        steps = results[1]["global_step"] + 300
+        results[1] = merlin.train(merlin.Args(resume=results[1]["run_dir"], total_timesteps=steps, device=device))
+        assert results[1]["global_step"] >= steps and np.isfinite(results[1]["losses/total"])

@@ -146,6 +146,13 @@ def test_kl():
     envs, _ = made()
     losses, _ = agent.losses(window(envs, agent)[0])
     assert (losses["kl"] == 0).all()
+    envs, agent = made()
+    batch = window(envs, agent)[0]
+    out = agent.unroll(batch)
+    normal = [torch.distributions.Normal(*agent.gaussian(out[key][:, :-1])) for key in ("post", "prior")]
+    expected = torch.distributions.kl_divergence(*normal).sum(-1)
+    assert torch.allclose(agent.losses(batch)[0]["kl"], expected, rtol=1e-4, atol=1e-5) and expected.mean() > 0.1
+    assert not torch.allclose(torch.distributions.kl_divergence(*normal[::-1]).sum(-1), expected, rtol=0.05)
     prior, shift = torch.randn(5, 8), torch.randn(5, 8) / 2
     post = agent.gaussian(prior + shift)
     (dm, dl), var = shift.chunk(2, -1), (2 * prior.chunk(2, -1)[1]).exp()
@@ -178,6 +185,64 @@ def test_losses_by_hand():
 
 
 # --- who learns from what ---------------------------------------------------------------------------------------------
+
+
+def test_policy_loss():
+    """By hand: actions that did well become likelier, entropy is rewarded, the advantage has no gradient."""
+    logp, entropy, advantage = (torch.tensor([[x]], requires_grad=True) for x in (-2.0, 0.5, 3.0))
+    loss = merlin.policy_loss(logp, entropy, advantage, 0.1)
+    assert loss.item() == pytest.approx(-(-2 * 3 + 0.1 * 0.5))
+    grads = torch.autograd.grad(loss.sum(), (logp, entropy, advantage), allow_unused=True)
+    assert grads[0].item() == -3 and grads[1].item() == pytest.approx(-0.1) and grads[2] is None
+
+
+def test_who_sees_what():
+    """Policy: its last read. Predictor: action, its last read. Value: the policy's probabilities. Layers: the input."""
+    envs, agent = made()
+    _, row, state = window(envs, agent)
+    N, Z = envs.num_envs, agent.args.stoch
+    inputs = {"embed": torch.randn(N, agent.encoder.size), "noise": torch.randn(N, Z), "chosen": 0}
+
+    def tick(**changed):
+        own = {**state, **{key: x for key, x in changed.items() if key in state}}
+        given = {**inputs, **{key: x for key, x in changed.items() if key in inputs}}
+        with torch.no_grad():
+            choose = lambda logits: agent.onehot(torch.full((N,), given["chosen"]))
+            out, new = agent.tick(given["embed"], {key: x.clone() for key, x in own.items()}, given["noise"], choose)
+        return {**out, **new}
+
+    plain = tick()
+    differs = lambda key, **changed: not torch.allclose(plain[key], tick(**changed)[key], atol=1e-6)
+    assert differs("policy_h", policy_read=state["policy_read"] + 1) and differs(
+        "policy_h", policy_h=state["policy_h"] + 1
+    )
+    assert differs("h", chosen=3) and differs("h", read=state["read"] + 1) and differs("prior", read=state["read"] + 1)
+    assert differs("post", embed=inputs["embed"] + 1) and not differs("prior", embed=inputs["embed"] + 1)
+    assert differs("logits", noise=inputs["noise"] + 1) and not differs("logits", chosen=3)
+    z, logp = torch.randn(5, Z), torch.randn(5, agent.actions)
+    values = [agent.value(torch.cat([z, x], -1)) for x in (logp, logp + 1)]
+    assert not torch.allclose(*values)
+    batch = window(envs, agent)[0]
+    seen = []
+    agent.value.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    agent.losses(batch)
+    assert torch.allclose(seen[0][..., Z:].exp().sum(-1), torch.ones(()), atol=1e-5)  # log-probabilities, beside z
+    lstm, x, zeros = merlin.DeepLSTM(3, 4), torch.randn(2, 3), torch.zeros(2, 2, 4)
+    with torch.no_grad():
+        for p in lstm.cells[1].parameters():
+            if p.shape[-1] == 7:
+                p[:, 3:] = 0  # the second layer no longer sees the first
+    assert not torch.allclose(lstm(x, zeros, zeros)[0][:, 1], lstm(x + 1, zeros, zeros)[0][:, 1])
+
+
+def test_weights_of_losses():
+    """Each loss with its own flag, images too."""
+    alphas = dict(alpha_image=2.0, alpha_obs=3.0, alpha_action=5.0, alpha_reward=7.0, alpha_return=11.0)
+    envs, agent = made("Tiny-both-discrete-v0", **alphas)
+    stats = agent.update(window(envs, agent)[0])
+    scaled = dict(kl=1, image=2, obs=3, action=5, reward=7, value=11, advantage=11, policy=1)
+    total = sum(weight * float(stats[f"losses/{key}"]) for key, weight in scaled.items())
+    assert float(stats["losses/total"]) == pytest.approx(total, rel=1e-4)
 
 
 def reached(agent, loss):
@@ -448,7 +513,14 @@ def test_analysis(tmp_path):
         (dict(window=0), "--window 0"),
         (dict(agent="rl_lstm", retroactive="none"), "--retroactive none"),
         (dict(agent="rl_mem", prior=False), "--prior False"),
-        (dict(obs="image"), "--obs image"),
+        (dict(agent="rl_mem", learning_rate=1e-2), "--learning-rate 0.01"),
+        (dict(agent="rl_mem", alpha_obs=1.0), "--alpha-obs 1"),
+        (dict(value_scale=1.0), "--value-scale 1"),
+        (dict(gamma=1.5), "--gamma 1.5"),
+        (dict(policy_learning_rate=0.0), "--policy-learning-rate 0"),
+        (dict(env_kwargs='{"cards": 8}'), "--env-kwargs"),
+        (dict(env_id="MemoryGame-0-v0"), "0 cards"),
+        (dict(env_id="Tiny-sequence-v0"), "Sequence"),
         (dict(device="gpu"), "--device gpu"),
         (dict(eval="nothing.pt"), "nothing.pt"),
         (dict(eval="a", analyse="b"), "--eval --analyse"),
@@ -504,6 +576,41 @@ def test_shape_comments(tmp_path):
         assert errors == [] and len(checked) > 10
         missed.append(unreached)
     assert set.intersection(*missed) == set()
+
+
+def test_cards_on_video(tmp_path):
+    """--capture-video shows the board, whatever the agent sees."""
+    flags = dict(size="debug", device="cpu", total_timesteps=100, run_root=str(tmp_path), capture_video=True)
+    run = pathlib.Path(merlin.train(merlin.Args(**flags))["run_dir"])
+    assert len(list(run.glob("episode-*.gif"))) == 1
+
+
+def test_text_is_left_out(tmp_path):
+    """Of a Dict with text and with symbols on a small grid, the text goes, and the grid is numbers."""
+
+    class Grid(gym.Env):
+        observation_space = spaces.Dict(
+            image=spaces.Box(0, 255, (7, 7, 3), np.uint8), mission=spaces.Text(20), direction=spaces.Discrete(4)
+        )
+        action_space = spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            self.count = 0
+            return {"image": np.full((7, 7, 3), 3, np.uint8), "mission": "go", "direction": 1}, {}
+
+        def step(self, action):
+            self.count += 1
+            return self.reset()[0] if self.count < 0 else self.seen(), 1.0, self.count == 5, False, {}
+
+        def seen(self):
+            return {"image": np.full((7, 7, 3), 4, np.uint8), "mission": "on", "direction": 2}
+
+    gym.register("Grid-v0", Grid)
+    envs, agent = made("Grid-v0")
+    assert set(agent.decoder.shapes) == {"image", "direction"} and agent.decoder.shapes["image"] == (147,)
+    assert agent.encoder.numbers == {"direction": [4]} and not agent.encoder.images
+    losses, _ = agent.losses(window(envs, agent)[0])
+    assert torch.isfinite(losses["obs"]).all()
 
 
 def test_registering_is_lazy():

@@ -74,9 +74,7 @@ SOURCE = Path(__file__).read_text(encoding="utf-8")  # goes into every checkpoin
 
 @dataclass
 class Args:
-    env_id: str = (
-        "MemoryGame-6-v0"  # MemoryGame-<cards>-v0, ALE/*, or any gymnasium id (module:Id too), Discrete actions
-    )
+    env_id: str = "MemoryGame-6-v0"  # MemoryGame-<cards>-v0, or any id (module:Id too) with Discrete actions
     env_kwargs: str = "{}"  # arguments for the environment, as JSON
     agent: Literal["merlin", "rl_mem", "rl_lstm"] = "merlin"  # the baselines learn by reinforcement alone
     num_envs: int | None = None  # environments stepped together; by --size

@@ -88,9 +88,7 @@ class Args:
     env_kwargs: str = "{}"  # arguments for the environment, as JSON
     num_envs: int = 1  # environments stepped together; code: 1
     action_repeat: int | None = None  # frames per policy step; Atari 4, dm_control 2, else 1
-    atari_protocol: Literal["100k", "200m"] = (
-        "200m"  # 64x64 RGB, few actions | gray, sticky 0.25, 18 actions, atari-fast few
-    )
+    atari_protocol: Literal["100k", "200m"] = "200m"  # RGB, few actions | gray, sticky 0.25, 18 (atari-fast: few)
     obs: Literal["vector", "image", "both"] = "image"  # dm_control only: state vectors, 64x64 camera, or both
     seed: int = 1  # of weights, sampling and environments
     size: Size = "auto"  # networks, losses, schedule; auto: atari-fast for ALE, dmc-* for dm_control, else small

@@ -13,6 +13,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
 @pytest.fixture
+def data(request):
+    """The fixture file that parity.case names. At the end everything in it must have been compared."""
+    from parity import Data
+
+    data = Data(request.param)
+    yield data
+    assert data.open == set(), f"not compared: {data.open}"
+
+
+@pytest.fixture
 def made(module, monkeypatch):
     """{"Agent": [...], "Replay": [...]}: the objects that train makes."""
     seen = {"Agent": [], "Replay": []}

@@ -1,58 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""dreamerv2.py against numbers of the authors' released code: values and gradients.
-
-The folder in the environment variable FIXTURES (default: fixtures beside this file) holds the numbers; all sizes are
-read from them. Keys are [case/]role/name with roles cfg, in, param, out, grad, upd. A missing file is a failure.
-"""
-
-import os
-from pathlib import Path
+"""dreamerv2.py against numbers of the authors' released code: values and gradients."""
 
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from parity import TOLERANCE, case
 
 import dreamerv2
 
-FIXTURES = Path(os.environ.get("FIXTURES") or Path(__file__).parent / "fixtures")
-TOLERANCE = dict(rtol=3e-5, atol=3e-6)
-ROLES = ("cfg", "in", "param", "out", "grad", "upd")
 CONSTANT = 0.5 * np.log(2 * np.pi)  # of a unit-variance normal, which the code's losses leave out
 
 
-class Data:
-    """Arrays of a file as tensors. It remembers which results no test has compared yet."""
-
-    def __init__(self, name):
-        with np.load(FIXTURES / f"dreamerv2_{name}.npz") as arrays:
-            self.arrays = dict(arrays)
-        role = lambda key: next(part for part in key.split("/") if part in ROLES)
-        self.open = {key for key in self.arrays if role(key) in ("out", "grad", "upd")}
-        assert self.open
-
-    def __getitem__(self, key):
-        return torch.from_numpy(self.arrays[key])
-
-    def check(self, key, actual, **tolerance):
-        expected = self[key]
-        assert actual.shape == expected.shape, key
-        assert torch.allclose(actual.detach().to(expected.dtype), expected, **{**TOLERANCE, **tolerance}), key
-        self.open.discard(key)
-
-    def leaf(self, key):
-        return self[key].requires_grad_()
-
-    def tied(self, layers, prefix=""):
-        """{our parameter: name of its gradient}, after a copy of the weights. layers: {our layer: official name}."""
-        found = {}
-        for layer, name in layers.items():
-            official = ("gamma", "beta") if isinstance(layer, torch.nn.LayerNorm) else ("kernel", "bias")
-            for p, part in zip((layer.weight, layer.bias), official, strict=True):
-                with torch.no_grad():
-                    p.copy_(turned(self[f"{prefix}param/{name}/{part}"]))
-                found[p] = f"{name}/{part}"
-        return found
+def tied(data, layers, prefix=""):
+    """{our parameter: name of its gradient}, after a copy of the weights. layers: {our layer: official name}."""
+    found = {}
+    for layer, name in layers.items():
+        official = ("gamma", "beta") if isinstance(layer, torch.nn.LayerNorm) else ("kernel", "bias")
+        for p, part in zip((layer.weight, layer.bias), official, strict=True):
+            with torch.no_grad():
+                p.copy_(turned(data[f"{prefix}param/{name}/{part}"]))
+            found[p] = f"{name}/{part}"
+    return found
 
 
 def turned(x):
@@ -64,17 +33,6 @@ def untied(x):
     return x.permute(2, 3, 1, 0) if x.dim() == 4 else x.T if x.dim() == 2 else x
 
 
-@pytest.fixture
-def data(request):
-    data = Data(request.param)
-    yield data
-    assert data.open == set(), f"not compared: {data.open}"
-
-
-def case(name):
-    return pytest.mark.parametrize("data", [name], indirect=True)
-
-
 def made(action_space=None, obs_space=None, **flags):
     """A small agent, for its methods."""
     args = dreamerv2.resolve(dreamerv2.Args(env_id="X-v0", size="debug", device="cpu", **flags))
@@ -82,12 +40,12 @@ def made(action_space=None, obs_space=None, **flags):
     return dreamerv2.Agent(obs_space, action_space or spaces.Discrete(3), args)
 
 
-@case("01_gru")
+@case("dreamerv2_01_gru")
 def test_gru(data):
     x, h = data.leaf("in/x"), data.leaf("in/h")
     cell = dreamerv2.GRU(x.shape[1], h.shape[1], norm=True)
     assert cell.norm.eps == pytest.approx(float(data["cfg/eps"])) and data["cfg/update_bias"] == -1
-    params = data.tied({cell.gates: "cell/dense", cell.norm: "cell/norm"})
+    params = tied(data, {cell.gates: "cell/dense", cell.norm: "cell/norm"})
     out = cell(x, h)
     data.check("out/h", out)
     grads = torch.autograd.grad((out * data["in/cot"]).sum(), [x, h, *params])
@@ -95,7 +53,7 @@ def test_gru(data):
         data.check(f"grad/{name}", untied(grad) if "/" in name else grad)
 
 
-@case("02_rssm")
+@case("dreamerv2_02_rssm")
 @pytest.mark.parametrize("latent", ["cat", "gauss"])
 def test_rssm(data, latent):
     """Prior and posterior of one step, by observe, the features, and the step again by imagine."""
@@ -109,7 +67,7 @@ def test_rssm(data, latent):
     layers = {rssm.inputs: "img_in", rssm.prior_net[0]: "img_out_0", rssm.prior_net[-1]: "img_dist_0"}
     layers |= {rssm.post_in: "obs_out", rssm.post_out: "obs_dist"}
     layers |= {rssm.cell.gates: "cell/dense", rssm.cell.norm: "cell/norm"}
-    params = data.tied({layer: f"rssm/{name}" for layer, name in layers.items()}, f"{latent}/")
+    params = tied(data, {layer: f"rssm/{name}" for layer, name in layers.items()}, f"{latent}/")
     assert {key.split("param/")[1] for key in data.arrays if key.startswith(f"{latent}/param")} == set(params.values())
     if latent == "gauss":  # official: all means, then all deviations; ours: pairs
         for layer in rssm.prior_net[-1], rssm.post_out:
@@ -133,7 +91,7 @@ def test_rssm(data, latent):
     assert torch.allclose(feat[known, 1, -D:], data[f"{latent}/out/deter"][known], **TOLERANCE)
 
 
-@case("03_kl")
+@case("dreamerv2_03_kl")
 def test_kl(data):
     for name in "low", "high", "mixed":
         post, prior = data.leaf(f"{name}/in/post"), data.leaf(f"{name}/in/prior")
@@ -155,7 +113,7 @@ def test_kl(data):
         data.check(f"gauss/grad/{name}", grad)
 
 
-@case("04_distributions")
+@case("dreamerv2_04_distributions")
 def test_distributions(data, monkeypatch):
     """One-hot categoricals and truncated normals: density, entropy, mode and samples, with their gradients."""
     logits, sample = data.leaf("onehot/in/logits"), data["onehot/in/sample"]
@@ -175,7 +133,7 @@ def test_distributions(data, monkeypatch):
     actor = made(spaces.Box(-1, 1, (x.shape[1],))).actor
     actor.mlp, sizes = torch.nn.Identity(), (feat.shape[1], x.shape[1])
     actor.out, actor.std_out = torch.nn.Linear(*sizes), torch.nn.Linear(*sizes)
-    data.tied({actor.out: "actor/out/out", actor.std_out: "actor/out/std"}, "trunc/")
+    tied(data, {actor.out: "actor/out/out", actor.std_out: "actor/out/std"}, "trunc/")
     loc, scale = (x.detach().requires_grad_() for x in actor.dist(feat))
     data.check("trunc/out/loc", loc), data.check("trunc/out/scale", scale)
     data.check("trunc/out/mode", actor.mode(feat))
@@ -194,7 +152,7 @@ def test_distributions(data, monkeypatch):
             data.check(f"trunc/grad/sample_{name}{suffix}", grad, rtol=2e-4, atol=2e-5)
 
 
-@case("05_actor_critic")
+@case("dreamerv2_05_actor_critic")
 @pytest.mark.parametrize("kind", ["cat", "cont"])
 @pytest.mark.parametrize("grad,rho", [("reinforce", 1.0), ("dynamics", 0.0), ("both", None)])
 def test_actor_critic(data, monkeypatch, kind, grad, rho):
@@ -254,7 +212,7 @@ def test_actor_critic(data, monkeypatch, kind, grad, rho):
     data.check("out/weight_nohead", torch.cat([torch.ones(N, 1), disc[:, :-1]], 1).cumprod(1).T)
 
 
-@case("06_heads")
+@case("dreamerv2_06_heads")
 def test_heads(data, monkeypatch):
     """Reward and discount heads with their targets, by the method that trains; the features are given."""
     feat, units = data.leaf("in/feat"), len(data["param/reward/dense0/bias"])
@@ -264,8 +222,8 @@ def test_heads(data, monkeypatch):
     for head, name in (agent.reward, "reward"), (agent.cont, "discount"):
         head.mlp = dreamerv2.mlp(feat.shape[2], units, layers, False)
         linears = [x for x in head.mlp if isinstance(x, torch.nn.Linear)]
-        tied = {layer: f"{name}/dense{i}" for i, layer in enumerate(linears)} | {head.out: f"{name}/out/out"}
-        params[name] = data.tied(tied)
+        layers_of = {layer: f"{name}/dense{i}" for i, layer in enumerate(linears)} | {head.out: f"{name}/out/out"}
+        params[name] = tied(data, layers_of)
     known = {"deter": feat[..., 1:], "stoch": feat[..., :1, None], "logits": torch.zeros(*feat.shape[:2], 1, 1)}
     monkeypatch.setattr(agent.rssm, "observe", lambda *_: dict(known))
     B, T = data["in/reward"].shape
@@ -289,7 +247,7 @@ def test_heads(data, monkeypatch):
     data.check("out/image_levels", encoder.preprocess({"image": levels})["image"].flatten())
 
 
-@case("07_optimizer")
+@case("dreamerv2_07_optimizer")
 @pytest.mark.parametrize("name", ["official", "fast"])
 def test_optimizer(data, name):
     data.open = {key for key in data.open if key.startswith(name)}
@@ -309,13 +267,13 @@ def test_optimizer(data, name):
         data.check(f"{name}/upd/{key}", steps.diff(dim=0), rtol=1e-3, atol=3e-7)
 
 
-@case("08_encoder_decoder")
+@case("dreamerv2_08_encoder_decoder")
 def test_encoder_decoder(data, monkeypatch):
     """Convolutions, and the image loss by the method that trains."""
     image, feat = data["in/image"], data.leaf("in/feat")
     flags = dict(depth=int(data["cfg/depth"]), stoch=1, classes=1, deter=feat.shape[2] - 1)
     agent = made(obs_space=spaces.Dict(image=spaces.Box(0, 255, image.shape[2:], np.uint8)), **flags)
-    params = data.tied({conv: f"encoder/conv{i}" for i, conv in enumerate(agent.encoder.convs)})
+    params = tied(data, {conv: f"encoder/conv{i}" for i, conv in enumerate(agent.encoder.convs)})
     embed = agent.encoder(agent.encoder.preprocess({"image": image}))
     data.check("out/embed", embed)
     for (_, name), grad in zip(
@@ -323,7 +281,7 @@ def test_encoder_decoder(data, monkeypatch):
     ):
         data.check(f"grad/embed/{name}", untied(grad))
     layers = {conv: f"decoder/conv{i}" for i, conv in enumerate(agent.decoder.convs)}
-    params = data.tied({**layers, agent.decoder.linear: "decoder/convin"})
+    params = tied(data, {**layers, agent.decoder.linear: "decoder/convin"})
     data.check("out/image", agent.decoder(feat)["image"])
     known = {"deter": feat[..., 1:], "stoch": feat[..., :1, None], "logits": torch.zeros(*feat.shape[:2], 1, 1)}
     monkeypatch.setattr(agent.rssm, "observe", lambda *_: dict(known))

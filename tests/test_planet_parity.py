@@ -1,67 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""planet.py against numbers computed independently from the published description (NumPy, float64): values, gradients.
+"""planet.py against numbers computed independently, from the published description: values, gradients."""
 
-The folder in the environment variable FIXTURES (default: fixtures beside this file) holds the numbers; all sizes are
-read from them. Keys are role/name with roles cfg, in, param, out, grad. A missing file is a failure.
-"""
-
-import os
-from pathlib import Path
-
-import numpy as np
-import pytest
 import torch
+from parity import TOLERANCE, case
 
 import planet
 
-FIXTURES = Path(os.environ.get("FIXTURES") or Path(__file__).parent / "fixtures")
-TOLERANCE = dict(rtol=3e-5, atol=3e-6)
+
+def copy(data, layer, name):
+    """Weights of a linear layer from `name`/kernel (in, out) and `name`/bias."""
+    with torch.no_grad():
+        layer.weight.copy_(data[f"param/{name}/kernel"].T)
+        layer.bias.copy_(data[f"param/{name}/bias"])
 
 
-class Data:
-    """Arrays of a file as tensors. It remembers which results no test has compared yet."""
-
-    def __init__(self, name):
-        with np.load(FIXTURES / f"planet_{name}.npz") as arrays:
-            self.arrays = dict(arrays)
-        self.open = {key for key in self.arrays if key.startswith(("out/", "grad/"))}
-        assert self.open
-
-    def __getitem__(self, key):
-        return torch.from_numpy(self.arrays[key])
-
-    def check(self, key, actual):
-        expected = self[key]
-        assert actual.shape == expected.shape, key
-        assert torch.allclose(actual.detach().to(expected.dtype), expected, **TOLERANCE), key
-        self.open.discard(key)
-
-    def copy(self, layer, name):
-        """Weights of a linear layer from `name`/kernel (in, out) and `name`/bias."""
-        with torch.no_grad():
-            layer.weight.copy_(self[f"param/{name}/kernel"].T)
-            layer.bias.copy_(self[f"param/{name}/bias"])
-
-
-@pytest.fixture
-def data(request):
-    data = Data(request.param)
-    yield data
-    assert data.open == set(), f"not compared: {data.open}"
-
-
-def case(name):
-    return pytest.mark.parametrize("data", [name], indirect=True)
-
-
-@case("01_gru")
+@case("planet_01_gru")
 def test_gru(data):
     cell = planet.GRU(data["in/x"].shape[1], data["in/h"].shape[1])
-    data.copy(cell.gates, "gates"), data.copy(cell.cand, "cand")
+    copy(data, cell.gates, "gates"), copy(data, cell.cand, "cand")
     data.check("out/h", cell(data["in/x"], data["in/h"]))
 
 
-@case("02_kl")
+@case("planet_02_kl")
 def test_kl(data):
     names = "post_mean", "post_std", "prior_mean", "prior_std"
     inputs = [data[f"in/{name}"].requires_grad_() for name in names]
@@ -72,12 +32,12 @@ def test_kl(data):
         data.check(f"grad/{name}", grad)
 
 
-@case("03_preprocess")
+@case("planet_03_preprocess")
 def test_preprocess(data):
     data.check("out/image", planet.preprocess(data["in/image"], int(data["cfg/bits"]), data["in/noise"]))
 
 
-@case("04_cem")
+@case("planet_04_cem")
 def test_cem(data, monkeypatch):
     """A refit on its own, and the planner's first round, with its noise given and another start forced on it."""
     candidates = (data["in/mean"] + data["in/std"] * data["in/noise"]).clamp(-1, 1)
@@ -95,7 +55,7 @@ def test_cem(data, monkeypatch):
     assert torch.allclose(plan, mean[:, 0])
 
 
-@case("05_rssm")
+@case("planet_05_rssm")
 def test_rssm(data):
     """The prior and the posterior of one step, by observe, and the prior again by imagine."""
     (N, S), D, A, E = data["in/sample"].shape, *(data[f"in/{key}"].shape[1] for key in ("belief", "action", "embed"))
@@ -110,7 +70,7 @@ def test_rssm(data):
     }
     assert {key.split("param/")[1].rsplit("/", 1)[0] for key in data.arrays if "param/" in key} == set(layers)
     for name, layer in layers.items():
-        data.copy(layer, name)
+        copy(data, layer, name)
     state = {"deter": data["in/belief"], "stoch": data["in/sample"]}
     action = data["in/action"][:, None]
     post = rssm.observe(data["in/embed"][:, None], action, torch.zeros(N, 1, dtype=torch.bool), state)

@@ -711,11 +711,10 @@ class Agent(nn.Module):
         self.rho = float(self.actor.discrete) if args.rho is None else args.rho
         self.to(self.device)
         self.params = [p for p in self.parameters() if p.requires_grad]
-        behaviour = {"actor": list(self.actor.parameters()), "critic": list(self.critic.parameters())}
-        others = {id(p) for params in behaviour.values() for p in params}
-        groups = {"model": ([p for p in self.params if id(p) not in others], args.learning_rate)}
-        groups["actor"] = behaviour["actor"], args.actor_learning_rate
-        groups["critic"] = behaviour["critic"], args.critic_learning_rate
+        groups = {"actor": (list(self.actor.parameters()), args.actor_learning_rate)}
+        groups["critic"] = list(self.critic.parameters()), args.critic_learning_rate
+        taken = {id(p) for params, _ in groups.values() for p in params}
+        groups["model"] = [p for p in self.params if id(p) not in taken], args.learning_rate
         self.optimizer = Adam(groups, args)
         self.captured_step = Captured(self.step, args.cuda_graph and self.device.type == "cuda")
 
@@ -732,7 +731,7 @@ class Agent(nn.Module):
         """(...) -> (..., A) float32; F.one_hot would wait for the device."""
         return (index[..., None] == torch.arange(self.actor.size, device=self.device)).float()
 
-    def windows(self, batch):
+    def previous(self, batch):
         """What a window says of the time before each row: the action that led to it (B, T, A), zero in the first row,
         where also the state begins anew; is_first (B, T).
         """
@@ -770,7 +769,7 @@ class Agent(nn.Module):
         """Eq. 2, but for the KL. -> losses, each (B, T); features (B, T, F); posterior, with "dists": the distributions
         of posterior and prior that the KL is of; statistics.
         """
-        args, (action, is_first) = self.args, self.windows(batch)
+        args, (action, is_first) = self.args, self.previous(batch)
         with self.autocast():
             obs = self.encoder.preprocess({key: batch[key] for key in self.decoder.shapes})
             post = self.rssm.observe(self.encoder(obs), action, is_first, self.rssm.initial(len(action)))
@@ -1233,7 +1232,7 @@ def open_loop(agent, batch):
     uint8 (T, H, W, 3).
     """
     batch = {key: x[:6].to(agent.device) for key, x in batch.items()}
-    obs, (action, is_first) = {key: batch[key] for key in agent.decoder.shapes}, agent.windows(batch)
+    obs, (action, is_first) = {key: batch[key] for key in agent.decoder.shapes}, agent.previous(batch)
     seen = max(1, is_first.shape[1] // 4)
     with agent.autocast():
         embed = agent.encoder(agent.encoder.preprocess({key: x[:, :seen] for key, x in obs.items()}))

@@ -145,13 +145,13 @@ def resolve(args: Args) -> Args:
     if game and '"cards"' in args.env_kwargs:
         fail(f"--env-kwargs {args.env_kwargs}: allowed: cards in --env-id, as in MemoryGame-{game[1]}-v0")
     whole = {"window": 2 * int(game[1]), "rows": 2 * int(game[1]) + 2} if game and args.size == "small" else {}
+    preset = {**PAPER, **SIZES[args.size], **whole}
     foreign = ["value_scale"] if args.agent == "merlin" else ["learning_rate", "predictor_clip", "prior", "return_grad"]
     foreign += [x.name for x in fields(Args) if x.name.startswith("alpha_") and args.agent != "merlin"]
     foreign += ["retroactive"] if args.agent == "rl_lstm" else []
     for name in foreign:
-        if getattr(args, name) not in (getattr(Args, name), {**PAPER, **SIZES[args.size]}.get(name)):
+        if getattr(args, name) not in (getattr(Args, name), preset.get(name)):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: is of no use with --agent {args.agent}")
-    preset = {**PAPER, **SIZES[args.size], **whole}
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     atari = args.env_id.startswith("ALE/")
     args = replace(args, action_repeat=(4 if atari else 1) if args.action_repeat is None else args.action_repeat)
@@ -201,7 +201,7 @@ def read(memory, keys, strengths):
     return weights @ memory, weights
 
 
-def next_row_weights(count, usage):
+def write_weights(count, usage):
     """Where to write: row number `count` while there are fresh ones, then the one read least, which is erased.
 
     count: (N,) rows written so far; usage: (N, R) -> one-hot (N, R), reused (N, 1).
@@ -223,7 +223,7 @@ def write(memory, state, content, read_weights, gamma, retroactive):
     -> memory, state. Memory is overwritten in place where no gradient is asked for.
     """
     usage = state["usage"] + read_weights.detach().sum(1)  # (N, R)
-    chosen, reused = next_row_weights(state["count"], usage)
+    chosen, reused = write_weights(state["count"], usage)
     kept = 1 - chosen * reused  # (N, R)
     retro = state["retro"]
     if retroactive == "paper":
@@ -466,6 +466,11 @@ class Captured:
 # --- agent ------------------------------------------------------------------------------------------------------------
 
 
+def state_of(inputs):
+    """What lies under "state/..." in a flat {key: tensor}, as Captured takes it."""
+    return {key.removeprefix("state/"): x for key, x in inputs.items() if key.startswith("state/")}
+
+
 # DIFFERS(planet, dreamerv2, dreamerv3): Agent
 class Agent(nn.Module):
     """Predictor and policy of MERLIN; or a baseline: a policy with an encoder and, as RL-MEM, a memory of its own.
@@ -547,8 +552,8 @@ class Agent(nn.Module):
         prior = self.prior(past).float()  # (N, W)
         prior = prior if self.args.prior else torch.zeros_like(prior)
         post = prior + self.posterior(torch.cat([embed, past, prior], -1)).float()  # (N, W)
-        mean, log_std = post.chunk(2, -1)
-        return mean + bounded(log_std).exp() * noise, post, prior
+        mean, std = self.gaussian(post)
+        return mean + std * noise, post, prior
 
     def tick(self, embed, state, noise, choose):
         """One step in time, Algorithm 1. embed: (N, E); noise: (N, Z) ~ N(0, 1); choose: logits -> one-hot (N, A).
@@ -597,8 +602,7 @@ class Agent(nn.Module):
 
     def act_step(self, inputs):
         """What of acting runs on the device: {obs, reward, is_first, greedy, state/...} -> outputs, noise, state/..."""
-        state = {key.removeprefix("state/"): x for key, x in inputs.items() if key.startswith("state/")}
-        state = self.forget(state, inputs["is_first"])
+        state = self.forget(state_of(inputs), inputs["is_first"])
         noise = torch.randn(len(inputs["reward"]), self.args.stoch, device=self.device)  # (N, Z)
         draw = lambda logits: sample_onehot(logits.log_softmax(-1))
         choose = lambda logits: torch.where(inputs["greedy"], self.onehot(logits.argmax(-1)), draw(logits))
@@ -622,7 +626,7 @@ class Agent(nn.Module):
 
         -> outputs, each (N, T+1, ...). Row T is there for its value.
         """
-        state = {key.removeprefix("state/"): x for key, x in batch.items() if key.startswith("state/")}
+        state = state_of(batch)
         is_first, action = batch["is_first"], self.onehot(batch["action"])
         before = torch.cat([state["action"][:, None], action[:, :-1]], 1) * ~is_first[..., None]  # (N, T+1, A)
         inputs = {key: batch[key].flatten(0, 1) for key in self.decoder.shapes}

@@ -308,7 +308,7 @@ def test_windows_begin_anew():
     """A window knows no action before its first row, nor a state, whatever is_first says there."""
     agent = agent_of()
     batch = random_batch(agent)
-    action, is_first = agent.windows(batch)
+    action, is_first = agent.previous(batch)
     assert (action[:, 0] == 0).all() and is_first[:, 0].all() and torch.equal(is_first[:, 1:], batch["is_first"][:, 1:])
     assert torch.equal(action[:, 1:].argmax(-1), batch["action"][:, :-1])
 

@@ -23,6 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 AGENTS = ["planet", "dreamerv2", "dreamerv3"]  # these act in environments
 FILES = [*AGENTS, "merlin", "gumbel_softmax"]  # merlin acts too, without replay and imagination: a suite of its own
 BOX, CPU = spaces.Box(-1, 1, (2,)), torch.device("cpu")
+STATEFUL = [name for name in AGENTS if hasattr(importlib.import_module(name).Replay, "write")]
+# Of files whose replay keeps latent states beside its rows, has an online queue, and windows that run across episodes.
+stateful = pytest.mark.parametrize("module", STATEFUL, indirect=True, scope="module")
 
 
 @pytest.fixture(params=AGENTS, scope="module")
@@ -40,12 +43,6 @@ def short(module, env_id, root, **flags):
     flags = dict(total_timesteps=120, learning_starts=20, prefill=20, seed_episodes=1, checkpoint_every=120) | flags
     flags = known(module, {"device": "cpu", **flags})
     return module.Args(env_id=env_id, size="debug", run_root=str(root), **flags)
-
-
-def has(thing, name):
-    """Skip what is about a part that this file does not have."""
-    if not hasattr(thing, name):
-        pytest.skip(f"no {name} here")
 
 
 def uniform(replay, B, T):
@@ -385,10 +382,10 @@ def test_training_sees_the_action_before(module, action):
     assert changed == [t + context > 4 for t in range(len(changed))] and torch.equal(feats[2], feats[0])
 
 
+@stateful
 @pytest.mark.parametrize("action", ["discrete", "box"])
 def test_acting_and_training_agree(module, monkeypatch, action):
     """Without sampling noise, training on stored rows gives the states that acting went through, across resets."""
-    has(module.Replay, "write")
     mode = lambda logp, noise=None: torch.zeros_like(logp).scatter_(-1, logp.argmax(-1, keepdim=True), 1.0)
     monkeypatch.setattr(module, "sample_onehot", mode)
     agent, replay = experience(module, f"Tiny-both-{action}-v0", rows=80, num_envs=1)
@@ -484,10 +481,10 @@ def places(batch):
     return env[:, 0].long(), row[:, 0].long()
 
 
+@stateful
 @pytest.mark.parametrize("rows", [9, 20, 33, 50])
 def test_windows(module, rows):
     """Windows are consecutive rows of one environment, from the oldest to the newest kept, wrapped around or not."""
-    has(module.Replay, "write")  # else windows keep to episodes
     replay, T = numbered(module, rows), 7
     env, start = places(uniform(replay, 2000, T))
     oldest = max(0, rows - 20)
@@ -498,9 +495,9 @@ def test_windows(module, rows):
     assert all(len(x) == 20 for x in replay.data.values())  # the capacity, shared by the environments
 
 
+@stateful
 def test_windows_are_uniform(module):
     """Chi-square over all windows; a right sampler would fail at one seed in a million."""
-    has(module.Replay, "write")  # else windows keep to episodes
     replay, draws = numbered(module, 47), 40_000
     torch.manual_seed(0)
     env, start = places(uniform(replay, draws, 6))
@@ -519,9 +516,9 @@ def test_abandoned_episodes(module):
     assert not replay.data["is_last"].any()
 
 
+@stateful
 def test_online_queue(module):
     """New windows come first in a batch, each once, and together they cover every row, also when the ring wraps."""
-    has(numbered(module, 1), "online")
     replay, T, given = numbered(module, 3), 4, []  # 3: a window is never complete, but for its last row
     for _ in range(30):
         numbered(module, 4, replay=replay)
@@ -533,19 +530,19 @@ def test_online_queue(module):
     assert (start % T != 0).any() and (start >= 100).all()
 
 
+@stateful
 def test_online_queue_skips_what_is_gone(module):
     """A learner that falls behind gets the windows that are still whole, and none twice."""
     replay, T = numbered(module, 50), 4
-    has(replay, "online")
     replay.sample(2, T)
     numbered(module, 33, replay=replay)
     env, start = places(replay.sample(12, T))
     assert set(zip(env.tolist(), start.tolist(), strict=True)) == {(n, t) for n in range(3) for t in (64, 68, 72, 76)}
 
 
+@stateful
 def test_write(module):
     """Extras go back to the rows they came from, not to context rows; where windows overlap, the last one wins."""
-    has(module.Replay, "write")
     replay, context = numbered(module, 26), 2
     batch = uniform(replay, 40, 7)
     env, start = places(batch)

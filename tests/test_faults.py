@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_common import AGENTS, has, known, same, short
+from test_common import AGENTS, STATEFUL, known, same, short
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -169,11 +169,12 @@ def test_environment_raises(module, tmp_path):
     assert 40 <= module.load(run, "cpu")["now"]["step"] < 43
 
 
-@pytest.mark.parametrize("file", ["rows", "extras", "checkpoint"])
+PARTS = [(name, part) for name in AGENTS for part in ("rows", "checkpoint")] + [(name, "extras") for name in STATEFUL]
+
+
+@pytest.mark.parametrize("module,file", PARTS, indirect=["module"], scope="module")
 def test_disk_is_full(module, tmp_path, monkeypatch, file):
     """No space while the second checkpoint is written, in any of its parts: the first one stays good."""
-    if file == "extras":
-        has(module.Replay, "write")
     real, calls = torch.save, itertools.count()
 
     def full(state, target):

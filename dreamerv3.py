@@ -51,6 +51,7 @@ import io
 import json
 import os
 import random
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -116,6 +117,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     bf16: bool = True  # bfloat16 products and convolutions on a GPU; products only on a CPU with AMX
     cuda_graph: bool = True  # replay the whole update as one CUDA graph on a GPU
+    compile: bool = False  # torch.compile one step of filter and imagination: a minute at the start
     torch_deterministic: bool = False  # ask cuDNN for deterministic kernels
     exp_name: str = Path(__file__).stem  # names the run
     run_root: str = "runs"  # folder of the run folders
@@ -177,6 +179,8 @@ def resolve(args: Args) -> Args:
     for name, family in ("obs", "dm_control"), ("atari_protocol", "ALE"):
         if getattr(args, name) != getattr(Args, name) and not args.env_id.startswith(family + "/"):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: with --env-id {family}/... only")
+    if args.compile and not any(map(shutil.which, ("g++", "clang++"))):
+        fail("--compile: no C++ compiler; allowed with g++ or clang++ installed")
     if args.track and not importlib.util.find_spec("wandb"):
         fail("--track: Weights & Biases is missing; allowed after: pip install wandb")
     return args
@@ -555,6 +559,8 @@ class RSSM(nn.Module):
         self.post_in, self.post_norm, self.post_out = nn.Linear(D + embed_size, U), RMSNorm(U), nn.Linear(U, Z)
         self.prior_net = nn.Sequential(*mlp(D, U, 2), nn.Linear(U, Z))
         self.apply(init_weights)
+        if args.compile:  # not the sequence, which would be unrolled and compile for minutes
+            self.filter_step, self.dream_step = map(torch.compile, (self.filter_step, self.dream_step))
 
     def initial(self, B):
         """Zeros: {"deter": (B, D), "stoch": (B, S, K)}."""
@@ -600,26 +606,38 @@ class RSSM(nn.Module):
         noise = torch.rand(B, T, S, K, device=embed.device).log_().neg_() if noise is None else noise
         deter, stoch, states = state["deter"], state["stoch"], []
         for t in range(T):
-            deter = self.core(deter * keep[:, t, None], stoch * keep[:, t, None, None], action_hidden[:, t])
-            x = F.silu(self.post_norm(F.linear(deter, weight_deter) + embed_hidden[:, t]))
-            logits = self.post_out(x).view(B, S, K)
-            logp = unimix(logits, self.args.unimix)
-            stoch = straight_through(sample_onehot(logp, noise[:, t]), logp.exp())
-            states.append((deter, stoch, logits))
+            kept = deter * keep[:, t, None], stoch * keep[:, t, None, None]
+            states.append(self.filter_step(*kept, action_hidden[:, t], embed_hidden[:, t], noise[:, t], weight_deter))
+            deter, stoch, _ = states[-1]
         deter, stoch, logits = (torch.stack(x, 1) for x in zip(*states, strict=True))
         return {"deter": deter, "stoch": stoch, "logits": logits}
+
+    def filter_step(self, deter, stoch, action_hidden, embed_hidden, noise, weight_deter):
+        """One step of observe -> h (B, D); z, a sample of q(z | h, x) with the gradient of its probabilities, and its
+        logits (B, S, K).
+        """
+        deter = self.core(deter, stoch, action_hidden)
+        x = F.silu(self.post_norm(F.linear(deter, weight_deter) + embed_hidden))
+        logits = self.post_out(x).view_as(stoch)
+        logp = unimix(logits, self.args.unimix)
+        return deter, straight_through(sample_onehot(logp, noise), logp.exp()), logits
+
+    def dream_step(self, deter, stoch, action, noise):
+        """One step of imagine -> h (N, D); z, a sample of p(z | h) (N, S, K)."""
+        deter = self.core(deter, stoch, self.action_in(self.clip(action)))
+        return deter, sample_onehot(unimix(self.prior(deter), self.args.unimix), noise)
 
     def imagine(self, state, policy, horizon):
         """Roll the prior forward. state: N start states; policy: features (N, F) -> action (N, A).
 
         -> features (N, H+1, F) beginning with the start, and the H actions (N, H, A).
         """
-        feats, actions = [self.feat(state)], []
+        deter, stoch, feats, actions = state["deter"], state["stoch"], [self.feat(state)], []
         for _ in range(horizon):
             actions.append(policy(feats[-1]))
-            deter = self.core(state["deter"], state["stoch"], self.action_in(self.clip(actions[-1])))
-            state = {"deter": deter, "stoch": sample_onehot(unimix(self.prior(deter), self.args.unimix))}
-            feats.append(self.feat(state))
+            noise = torch.rand_like(stoch).log_().neg_()  # Exp(1), drawn here: a compiled step has its own generator
+            deter, stoch = self.dream_step(deter, stoch, actions[-1], noise)
+            feats.append(self.feat({"deter": deter, "stoch": stoch}))
         return torch.stack(feats, 1), torch.stack(actions, 1)
 
 

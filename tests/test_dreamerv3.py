@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
 """What only dreamerv3.py promises, beside the common suite and the parity with the official numbers."""
 
+import shutil
+
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from test_common import experience, window
@@ -53,6 +56,22 @@ def test_observe_equals_its_steps():
         state = {key: step[key][:, 0] for key in ("deter", "stoch")}
         for key in step:
             assert torch.allclose(step[key][:, 0], whole[key][:, t], rtol=1e-4, atol=1e-5), key
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_steps_equal_plain_ones():
+    """--compile changes neither statistics, nor gradients, nor latents of an update, nor the names in a checkpoint."""
+    results = []
+    for on in False, True:
+        agent, replay = experience(d3, compile=on)
+        batch = window(d3, agent, replay)
+        torch.manual_seed(5)
+        stats = agent.update(batch)
+        squares = dict(enumerate(agent.optimizer.mean_square))
+        results.append({**stats, **squares, **agent.state_dict(), "deter": batch["deter"].float()})
+    assert results[0].keys() == results[1].keys()
+    for key, x in results[0].items():
+        assert torch.allclose(x, results[1][key], rtol=1e-3, atol=1e-5), key
 
 
 def test_imagination_equals_its_steps():

@@ -230,13 +230,13 @@ def write(memory, state, content, read_weights, gamma, retroactive):
         retro = (gamma * retro + (1 - gamma) * state["last"]) * kept  # (N, R)
     elif retroactive == "lecture":
         retro = gamma * retro * kept + (1 - gamma) * chosen  # (N, R)
-    columns = torch.stack([chosen, retro], -1).to(content.dtype)  # (N, R, 2)
-    zero = torch.zeros_like(content)
-    halves = torch.stack([torch.cat([content, zero], -1), torch.cat([zero, content], -1)], 1)  # (N, 2, W)
-    if torch.is_grad_enabled():
-        memory = torch.baddbmm(memory * kept[..., None], columns, halves)  # (N, R, W)
+    row, columns = content[:, None], (chosen[..., None], retro[..., None])  # (N, 1, Z), two of (N, R, 1)
+    if torch.is_grad_enabled():  # products by element: those of matrices are rounded on a GPU (TF32)
+        added = torch.cat([column * row for column in columns], -1)  # (N, R, W)
+        memory = torch.addcmul(added, memory, kept[..., None])  # (N, R, W)
     else:
-        memory = memory.mul_(kept[..., None]).baddbmm_(columns, halves)  # (N, R, W)
+        for half, column in zip(memory.mul_(kept[..., None]).chunk(2, -1), columns, strict=True):
+            half.addcmul_(column, row)
     usage = usage * (1 - chosen)  # (N, R)
     return memory, {"retro": retro, "last": chosen, "usage": usage, "count": state["count"] + 1}
 

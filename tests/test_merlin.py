@@ -289,6 +289,17 @@ def test_ablations():
     assert float(stats["losses/total"]) == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.parametrize("alpha,kl,obs", [(1.0, (0, 0.05), (0.6, 1.5)), (50.0, (3, 30), (0, 0.5))])
+def test_latents_collapse_where_symbols_are_cheap(alpha, kl, obs, tmp_path):
+    """With weight 1 a random symbol costs as many nats to store as it saves: nothing is stored, ln 2 stays unknown."""
+    small = dict(stoch=8, hidden=16, units=32, num_envs=16, total_timesteps=20_000, checkpoint_every=10**9)
+    weights = dict(alpha_obs=alpha, alpha_action=alpha, alpha_reward=alpha)
+    args = merlin.Args("MemoryGame-4-v0", size="debug", device="cpu", run_root=str(tmp_path), **small, **weights)
+    result = merlin.train(args)
+    assert kl[0] <= result["losses/kl"] <= kl[1]
+    assert obs[0] <= result["losses/obs"] <= obs[1]
+
+
 def test_baselines_learn_what_they_store():
     """RL-MEM: the content of rows has a gradient, over time. RL-LSTM has neither memory nor decoder."""
     envs, agent = made(agent="rl_mem")

@@ -65,6 +65,7 @@ import random
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -648,7 +649,7 @@ class Adam:
             own["count"].copy_(state[name]["count"])
 
 
-# SHARED(planet, dreamerv2, merlin): Captured
+# SHARED(planet, dreamerv2, dreamerv3, merlin): Captured
 class Captured:
     """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
 
@@ -716,7 +717,9 @@ class Agent(nn.Module):
         taken = {id(p) for params, _ in groups.values() for p in params}
         groups["model"] = [p for p in self.params if id(p) not in taken], args.learning_rate
         self.optimizer = Adam(groups, args)
-        self.captured_step = Captured(self.step, args.cuda_graph and self.device.type == "cuda")
+        graphs = args.cuda_graph and self.device.type == "cuda"
+        self.captured_step = Captured(self.step, graphs)
+        self.captured_act = {x: Captured(partial(self.act_step, eval=x), graphs) for x in (False, True)}
 
     def autocast(self):
         """One region per use: a weight first cast under no_grad would stay cached there without its gradient."""
@@ -741,6 +744,16 @@ class Agent(nn.Module):
         is_first = torch.cat([torch.ones_like(batch["is_first"][:, :1]), batch["is_first"][:, 1:]], 1)  # (B, T)
         return action, is_first
 
+    def act_step(self, inputs, eval):
+        """What of acting runs on the device: {observations, is_first, state of act} -> the next state."""
+        obs = {key: inputs[key][:, None] for key in self.decoder.shapes}
+        with self.autocast():
+            embed = self.encoder(self.encoder.preprocess(obs))
+            post = self.rssm.observe(embed, inputs["action"][:, None], inputs["is_first"][:, None], inputs)
+            state = {key: post[key][:, 0] for key in ("deter", "stoch")}
+            feat = self.rssm.feat(state)  # (N, F)
+            return {**state, "action": self.actor.mode(feat) if eval else self.actor.sample(feat)}
+
     @torch.no_grad()
     def act(self, obs, is_first, state, eval=False, random=False):
         """obs: {key: (N, ...)} arrays or tensors; is_first: (N,); state: of initial, or of the last act.
@@ -752,18 +765,14 @@ class Agent(nn.Module):
         if random:
             draw = torch.rand(N, self.actor.size, device=self.device)
             vector = self.onehot(draw.argmax(-1)) if self.actor.discrete else 2 * draw - 1
-            state = self.rssm.initial(N)
+            state = {**self.rssm.initial(N), "action": vector}
         else:
-            obs = {key: torch.as_tensor(obs[key], device=self.device)[:, None] for key in self.decoder.shapes}
-            is_first = torch.as_tensor(is_first, device=self.device)[:, None]  # (N, 1)
-            with self.autocast():
-                embed = self.encoder(self.encoder.preprocess(obs))
-                post = self.rssm.observe(embed, state["action"][:, None], is_first, state)
-                state = {key: post[key][:, 0] for key in ("deter", "stoch")}
-                feat = self.rssm.feat(state)  # (N, F)
-                vector = self.actor.mode(feat) if eval else self.actor.sample(feat)  # (N, A)
+            inputs = {key: torch.as_tensor(obs[key], device=self.device) for key in self.decoder.shapes}
+            inputs["is_first"] = torch.as_tensor(is_first, device=self.device)
+            state = {key: x.clone() for key, x in self.captured_act[eval]({**inputs, **state}).items()}
+        vector = state["action"]  # (N, A)
         action = vector.argmax(-1) if self.actor.discrete else vector.view(-1, *self.action_space.shape)
-        return action.cpu().numpy(), {**state, "action": vector}
+        return action.cpu().numpy(), state
 
     def model_losses(self, batch):
         """Eq. 2, but for the KL. -> losses, each (B, T); features (B, T, F); posterior, with "dists": the distributions

@@ -55,6 +55,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -685,6 +686,43 @@ class LaProp:
         self.count.copy_(state["count"])
 
 
+# SHARED(planet, dreamerv2, dreamerv3, merlin): Captured
+class Captured:
+    """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
+
+    For inputs of new shapes the first three calls run eagerly, while cuDNN and the allocator settle; then the function
+    is captured and only replayed. The next call overwrites the results. What else the function reads, such as flags, is
+    frozen at capture; each shape keeps a graph of its own.
+    """
+
+    def __init__(self, fn, on):
+        self.fn, self.on, self.calls, self.graphs = fn, on, {}, {}
+        self.side = torch.cuda.Stream() if on else None
+
+    def __call__(self, inputs):
+        if not self.on:
+            return self.fn(inputs)
+        key = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= 3:  # on a side stream, as capture demands
+            main = torch.cuda.current_stream()
+            self.side.wait_stream(main)
+            with torch.cuda.stream(self.side):
+                result = self.fn(inputs)
+            main.wait_stream(self.side)
+            return result
+        if key not in self.graphs:
+            static, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = self.fn(static)
+            self.graphs[key] = static, graph, result
+        static, graph, result = self.graphs[key]
+        for name, x in inputs.items():
+            static[name].copy_(x)
+        graph.replay()
+        return result
+
+
 # --- agent ------------------------------------------------------------------------------------------------------------
 
 
@@ -713,7 +751,9 @@ class Agent(nn.Module):
         self.to(self.device)
         self.params = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = LaProp(self.params, args)
-        self.graph, self.eager_updates = None, 0
+        graphs = args.cuda_graph and self.device.type == "cuda"
+        self.captured_step = Captured(self.step, graphs)
+        self.captured_act = {x: Captured(partial(self.act_step, eval=x), graphs) for x in (False, True)}
 
     def autocast(self):
         """One region per use: a weight first cast under no_grad would stay cached there without its gradient."""
@@ -733,21 +773,27 @@ class Agent(nn.Module):
         onehot = self.actor.discrete
         return self.onehot(action, self.actor.size) if onehot else action.reshape(*action.shape[:2], -1).float()
 
+    def act_step(self, inputs, eval):
+        """What of acting runs on the device: {observations, is_first, state of act} -> the next state."""
+        obs = {key: inputs[key][:, None] for key in self.decoder.shapes}
+        with self.autocast():
+            post = self.rssm.observe(self.encoder(obs), inputs["action"][:, None], inputs["is_first"][:, None], inputs)
+            state = {key: post[key][:, 0] for key in ("deter", "stoch")}
+            feat = self.rssm.feat(state)  # (N, F)
+            return {**state, "action": self.actor.mode(feat) if eval else self.actor.sample(feat)}
+
     @torch.no_grad()
     def act(self, obs, is_first, state, eval=False):
         """obs: {key: (N, ...)} arrays or tensors; is_first: (N,); state: of initial, or of the last act.
 
         -> actions for the vector environment (int64 (N,) or float32 (N, ...)), new state. eval: most likely action.
         """
-        obs = {key: torch.as_tensor(obs[key], device=self.device)[:, None] for key in self.decoder.shapes}
-        is_first = torch.as_tensor(is_first, device=self.device)[:, None]  # (N, 1)
-        with self.autocast():
-            post = self.rssm.observe(self.encoder(obs), state["action"][:, None], is_first, state)
-            state = {key: post[key][:, 0] for key in ("deter", "stoch")}
-            feat = self.rssm.feat(state)  # (N, F)
-            vector = self.actor.mode(feat) if eval else self.actor.sample(feat)  # (N, A)
+        inputs = {key: torch.as_tensor(obs[key], device=self.device) for key in self.decoder.shapes}
+        inputs["is_first"] = torch.as_tensor(is_first, device=self.device)
+        state = {key: x.clone() for key, x in self.captured_act[eval]({**inputs, **state}).items()}
+        vector = state["action"]  # (N, A)
         action = vector.argmax(-1) if self.actor.discrete else vector.view(-1, *self.action_space.shape)
-        return action.cpu().numpy(), {**state, "action": vector}
+        return action.cpu().numpy(), state
 
     def latents(self, state):
         """What the replay keeps of a state, to start windows from: bfloat16 h, class numbers of z."""
@@ -839,7 +885,7 @@ class Agent(nn.Module):
         return {"actor": actor, "critic": critic, "repval": repval}, stats
 
     def step(self, batch):
-        """One update, eagerly and without any host sync, so that a CUDA graph can capture it. See update."""
+        """One update, without any host sync, so that a CUDA graph can capture it. -> statistics and fresh latents."""
         args = self.args
         model, feat, post, stats = self.model_losses(batch)
         behaviour, more_stats = self.behaviour_losses(feat, post, batch)
@@ -849,38 +895,18 @@ class Agent(nn.Module):
         stats["stats/grad_norm"] = self.optimizer.step(torch.autograd.grad(losses["total"], self.params))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.slow_critic.parameters()), list(self.critic.parameters()), args.slow_rate)
-        for key, fresh in self.latents(post).items():
-            batch[key][:, 1:] = fresh
         stats = {**stats, **more_stats, **{f"losses/{key}": loss for key, loss in losses.items()}}
-        return {key: x.detach() for key, x in stats.items()}
+        return {**{key: x.detach() for key, x in stats.items()}, **self.latents(post)}
 
     def update(self, batch):
         """One gradient step on B windows of T+1 rows (Replay.sample). Fresh latents replace batch["deter"], ["stoch"].
 
-        -> statistics, 0-d tensors on the device, which on a GPU the next update overwrites. There the first three
-        updates run eagerly, while cuDNN and the allocator settle; then the whole update is captured once and only
-        replayed: one launch instead of thousands.
+        -> statistics, 0-d tensors on the device, which on a GPU the next update overwrites.
         """
-        self.eager_updates += 1
-        if self.device.type != "cuda" or not self.args.cuda_graph:
-            return self.step(batch)
-        if self.eager_updates <= 3:  # on a side stream, as capture demands
-            side, main = torch.cuda.Stream(), torch.cuda.current_stream()
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
-                stats = self.step(batch)
-            main.wait_stream(side)
-            return stats
-        if self.graph is None:
-            self.static_batch, self.graph = {key: x.clone() for key, x in batch.items()}, torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.static_stats = self.step(self.static_batch)
-        for key, x in batch.items():
-            self.static_batch[key].copy_(x)
-        self.graph.replay()
+        result = dict(self.captured_step(batch))
         for key in ("deter", "stoch"):
-            batch[key].copy_(self.static_batch[key])
-        return self.static_stats
+            batch[key][:, 1:] = result.pop(key)
+        return result
 
 
 # === Part 2: plumbing =================================================================================================

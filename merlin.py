@@ -426,7 +426,7 @@ class Keys(nn.Module):
         return x[..., :-1], F.softplus(x[..., -1])
 
 
-# SHARED(planet, dreamerv2, merlin): Captured
+# SHARED(planet, dreamerv2, dreamerv3, merlin): Captured
 class Captured:
     """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
 

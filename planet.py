@@ -492,7 +492,7 @@ class Adam:
         self.count.copy_(state["count"])
 
 
-# SHARED(planet, dreamerv2, merlin): Captured
+# SHARED(planet, dreamerv2, dreamerv3, merlin): Captured
 class Captured:
     """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
 

@@ -27,6 +27,7 @@ CPU = {
     "update 12m, 4x16": dict(size="12m", batch_size=4, batch_length=16),
     "update 12m": dict(size="12m"),
     "update 1m, vectors": dict(size="1m", shape=VECTOR),
+    "update 1m, vectors, compiled": dict(size="1m", shape=VECTOR, compile=True),
     "act 1m, 1 environment": dict(size="1m", act=1),
     "act 1m, 16 environments": dict(size="1m", act=16),
     "act 12m, 1 environment": dict(size="12m", act=1),
@@ -51,6 +52,7 @@ GPU = {
     for kind, shape in (("images", IMAGE), ("vectors", VECTOR))
     for bf16 in (True, False)
 }
+GPU |= {f"update {x}, images, bf16, compiled": dict(size=x, compile=True) for x in ("12m", "200m")}
 GPU |= {
     f"PlaNet update, 50x50, {'bf16' if bf16 else 'fp32'}": dict(module="planet", bf16=bf16) for bf16 in (True, False)
 }

@@ -34,6 +34,7 @@ def updated(module, updates=8, **flags):
 
 
 VARIANTS = [(name, {}) for name in AGENTS]
+VARIANTS += [("dreamerv3", dict(compile=True))]
 VARIANTS += [("dreamerv2", x) for x in (dict(rho=0.0, slow_every=3), dict(schedules=True), dict(latent="gaussian"))]
 
 

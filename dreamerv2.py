@@ -83,6 +83,7 @@ SOURCE = Path(__file__).read_text(encoding="utf-8")  # goes into every checkpoin
 Size = Literal["auto", "debug", "small", "atari", "atari-fast", "dmc-vision", "dmc-proprio", "crafter"]
 
 
+# DIFFERS(planet, dreamerv3, merlin, gumbel_softmax): Args
 @dataclass
 class Args:
     env_id: str = "ALE/Pong-v5"  # ALE/*, dm_control/<domain>-<task>-v0, or any gymnasium id (module:Id too)
@@ -175,7 +176,7 @@ ANNEALED = {"entropy_scale": 3e-3}  # --schedules: where it begins
 SIDES = (64,)  # of images: the transposed convolutions end at 64
 
 
-# DIFFERS(planet, dreamerv3, merlin): resolve
+# DIFFERS(planet, dreamerv3, merlin, gumbel_softmax): resolve
 def resolve(args: Args) -> Args:
     """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
 
@@ -217,6 +218,7 @@ def resolve(args: Args) -> Args:
 
 
 # SHARED(dreamerv2, dreamerv3, merlin): sample_onehot
+# DIFFERS(gumbel_softmax): sample_onehot
 def sample_onehot(logp, noise=None):
     """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
 
@@ -328,6 +330,7 @@ def truncated_entropy(mean, std):
 
 
 # SHARED(planet, dreamerv2): init_weights
+# DIFFERS(dreamerv3): init_weights
 def init_weights(module):
     """Glorot-uniform weights, biases 0, as TensorFlow's layers."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
@@ -349,6 +352,7 @@ def mlp(inputs, units, layers, norm):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): is_image
+# DIFFERS(merlin): is_image
 def is_image(space):
     """uint8 of rank 3 goes to the convolutions, everything else to the MLP."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
@@ -689,7 +693,7 @@ class Captured:
 # --- agent ------------------------------------------------------------------------------------------------------------
 
 
-# DIFFERS(planet, dreamerv3, merlin): Agent
+# DIFFERS(planet, dreamerv3, merlin, gumbel_softmax): Agent
 class Agent(nn.Module):
     """World model, actor and critic, each with losses and an optimiser step of its own.
 
@@ -1096,6 +1100,7 @@ class DMControl(gym.Env):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): adapt
+# DIFFERS(merlin): adapt
 def adapt(env, args, repeat):
     """One environment -> Dict of uint8 images (H, W, C) and flat float32 vectors; Box actions clipped to [-1, 1]."""
     space, action = env.observation_space, env.action_space
@@ -1123,6 +1128,7 @@ def adapt(env, args, repeat):
     return gym.wrappers.TransformObservation(env, as_dict, space)
 
 
+# DIFFERS(planet, dreamerv3, merlin): atari_envs
 def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
     small = args.atari_protocol == "100k"
@@ -1139,6 +1145,7 @@ def atari_envs(env_id, num_envs, args, **kwargs):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): make_envs
+# DIFFERS(merlin): make_envs
 def make_envs(env_id, num_envs, seed, args):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
     family = env_id.split("/")[0]
@@ -1254,6 +1261,7 @@ def open_loop(agent, batch):
 
 
 # SHARED(planet, dreamerv2): shown
+# DIFFERS(merlin): shown
 def shown(recon):
     """Predicted images, in -0.5 to 0.5, to 0 to 1."""
     return {key: (x + 0.5).clamp(0, 1) if x.dim() == 5 else x for key, x in recon.items()}
@@ -1273,6 +1281,7 @@ def dream(agent, args, steps=64):
 
 
 # SHARED(planet, dreamerv2, dreamerv3, merlin): evaluate
+# DIFFERS(gumbel_softmax): evaluate
 def evaluate(agent, args, episodes, video=None):
     """Play whole episodes without exploration noise; the random state of training is left as it was.
 
@@ -1328,6 +1337,7 @@ def load(path, device, need=()):
 
 
 # SHARED(planet, dreamerv2, dreamerv3, merlin): merge
+# DIFFERS(gumbel_softmax): merge
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
 
@@ -1345,6 +1355,7 @@ def merge(args, path, saved, free):
 
 
 # SHARED(planet, dreamerv2, dreamerv3, merlin): restore_weights
+# DIFFERS(gumbel_softmax): restore_weights
 def restore_weights(agent, state, path):
     """Load a state_dict, or stop with one line where shapes differ."""
     try:
@@ -1355,6 +1366,7 @@ def restore_weights(agent, state, path):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): load_agent
+# DIFFERS(merlin, gumbel_softmax): load_agent
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     state = load(path, "cpu", need=("args", "agent"))
@@ -1368,6 +1380,7 @@ def load_agent(path, args=None):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): show
+# DIFFERS(merlin, gumbel_softmax): show
 def show(args):
     """--eval and --dream: print the returns, leave a GIF beside the checkpoint."""
     path = Path(args.eval or args.dream)
@@ -1433,6 +1446,7 @@ def finite(stats):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): record
+# DIFFERS(merlin): record
 def record(writer, args, now, stats, spent, since, replay):
     """One progress line, and the scalars for TensorBoard. spent: seconds by part; since: time and step of last call.
 
@@ -1452,6 +1466,7 @@ def record(writer, args, now, stats, spent, since, replay):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): checkpoint
+# DIFFERS(merlin): checkpoint
 def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
     """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint and the files it names."""
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
@@ -1464,6 +1479,7 @@ def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): restore
+# DIFFERS(merlin): restore
 def restore(saved, args, agent, replay, envs, run_dir):
     """Bring agent, replay, environments and random state to where the checkpoint was taken. -> now, row, agent state.
 
@@ -1494,7 +1510,7 @@ def restore(saved, args, agent, replay, envs, run_dir):
     return now, row, state
 
 
-# DIFFERS(planet, dreamerv3, merlin): learn
+# DIFFERS(planet, dreamerv3, merlin, gumbel_softmax): learn
 def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics.
 
@@ -1546,7 +1562,7 @@ def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     return finite(stats)
 
 
-# DIFFERS(planet, dreamerv3, merlin): train
+# DIFFERS(planet, dreamerv3, merlin, gumbel_softmax): train
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
     modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]

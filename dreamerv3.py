@@ -70,6 +70,7 @@ from torch import nn
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # goes into every checkpoint: the code that really ran
 
 
+# DIFFERS(planet, dreamerv2, merlin, gumbel_softmax): Args
 @dataclass
 class Args:
     env_id: str = "ALE/Pong-v5"  # ALE/*, dm_control/<domain>-<task>-v0, or any gymnasium id (module:Id too)
@@ -152,7 +153,7 @@ ABLATE = {"kl": dict(free_nats=0.0, dyn_scale=1.0, rep_scale=1.0), "unimix": dic
 ABLATE |= {"symlog": dict(bins=1)}
 
 
-# DIFFERS(planet, dreamerv2, merlin): resolve
+# DIFFERS(planet, dreamerv2, merlin, gumbel_softmax): resolve
 def resolve(args: Args) -> Args:
     """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
 
@@ -253,6 +254,7 @@ def unimix(logits, mix):
 
 
 # SHARED(dreamerv2, dreamerv3, merlin): sample_onehot
+# DIFFERS(gumbel_softmax): sample_onehot
 def sample_onehot(logp, noise=None):
     """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
 
@@ -364,6 +366,7 @@ def mlp(inputs, units, layers):
     return nn.Sequential(*[module for part in parts for module in part])
 
 
+# DIFFERS(planet, dreamerv2): init_weights
 def init_weights(module, outscale=1.0):
     """Normal of deviation outscale / sqrt(fan in), truncated at 2 sigma (1.1368 makes up for the truncation); biases 0.
 
@@ -381,6 +384,7 @@ def init_weights(module, outscale=1.0):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): is_image
+# DIFFERS(merlin): is_image
 def is_image(space):
     """uint8 of rank 3 goes to the convolutions, everything else to the MLP."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
@@ -726,7 +730,7 @@ class Captured:
 # --- agent ------------------------------------------------------------------------------------------------------------
 
 
-# DIFFERS(planet, dreamerv2, merlin): Agent
+# DIFFERS(planet, dreamerv2, merlin, gumbel_softmax): Agent
 class Agent(nn.Module):
     """World model, actor and critic, trained together by one loss and one optimiser.
 
@@ -1107,6 +1111,7 @@ class DMControl(gym.Env):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): adapt
+# DIFFERS(merlin): adapt
 def adapt(env, args, repeat):
     """One environment -> Dict of uint8 images (H, W, C) and flat float32 vectors; Box actions clipped to [-1, 1]."""
     space, action = env.observation_space, env.action_space
@@ -1135,6 +1140,7 @@ def adapt(env, args, repeat):
 
 
 # SHARED(planet, dreamerv3, merlin): atari_envs
+# DIFFERS(dreamerv2): atari_envs
 def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
     small = args.atari_protocol == "100k"
@@ -1150,6 +1156,7 @@ def atari_envs(env_id, num_envs, args, **kwargs):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): make_envs
+# DIFFERS(merlin): make_envs
 def make_envs(env_id, num_envs, seed, args):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
     family = env_id.split("/")[0]
@@ -1278,6 +1285,7 @@ def dream(agent, args, steps=64):
 
 
 # SHARED(planet, dreamerv2, dreamerv3, merlin): evaluate
+# DIFFERS(gumbel_softmax): evaluate
 def evaluate(agent, args, episodes, video=None):
     """Play whole episodes without exploration noise; the random state of training is left as it was.
 
@@ -1333,6 +1341,7 @@ def load(path, device, need=()):
 
 
 # SHARED(planet, dreamerv2, dreamerv3, merlin): merge
+# DIFFERS(gumbel_softmax): merge
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
 
@@ -1350,6 +1359,7 @@ def merge(args, path, saved, free):
 
 
 # SHARED(planet, dreamerv2, dreamerv3, merlin): restore_weights
+# DIFFERS(gumbel_softmax): restore_weights
 def restore_weights(agent, state, path):
     """Load a state_dict, or stop with one line where shapes differ."""
     try:
@@ -1360,6 +1370,7 @@ def restore_weights(agent, state, path):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): load_agent
+# DIFFERS(merlin, gumbel_softmax): load_agent
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     state = load(path, "cpu", need=("args", "agent"))
@@ -1373,6 +1384,7 @@ def load_agent(path, args=None):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): show
+# DIFFERS(merlin, gumbel_softmax): show
 def show(args):
     """--eval and --dream: print the returns, leave a GIF beside the checkpoint."""
     path = Path(args.eval or args.dream)
@@ -1437,6 +1449,7 @@ def finite(stats):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): record
+# DIFFERS(merlin): record
 def record(writer, args, now, stats, spent, since, replay):
     """One progress line, and the scalars for TensorBoard. spent: seconds by part; since: time and step of last call.
 
@@ -1456,6 +1469,7 @@ def record(writer, args, now, stats, spent, since, replay):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): checkpoint
+# DIFFERS(merlin): checkpoint
 def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
     """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint and the files it names."""
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
@@ -1468,6 +1482,7 @@ def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): restore
+# DIFFERS(merlin): restore
 def restore(saved, args, agent, replay, envs, run_dir):
     """Bring agent, replay, environments and random state to where the checkpoint was taken. -> now, row, agent state.
 
@@ -1498,7 +1513,7 @@ def restore(saved, args, agent, replay, envs, run_dir):
     return now, row, state
 
 
-# DIFFERS(planet, dreamerv2, merlin): learn
+# DIFFERS(planet, dreamerv2, merlin, gumbel_softmax): learn
 def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics.
 
@@ -1550,7 +1565,7 @@ def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     return finite(stats)
 
 
-# DIFFERS(planet, dreamerv2, merlin): train
+# DIFFERS(planet, dreamerv2, merlin, gumbel_softmax): train
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
     modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]

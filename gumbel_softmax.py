@@ -78,6 +78,7 @@ Estimator = Literal["reinforce", "darn", "muprop", "st", "slope_annealed_st", "g
 Newer = Literal["rloo", "reinmax", "gumbel_rao", "decoupled_st_gs", "rebar", "disarm"]
 
 
+# DIFFERS(planet, dreamerv2, dreamerv3, merlin): Args
 @dataclass
 class Args:
     task: Literal["vae", "sbn"] = "vae"  # model the image | predict its lower half from its upper half (two layers)
@@ -127,6 +128,7 @@ TABLE1 = {  # test nats; both VAE cells of st_gumbel_softmax are from Figure 4, 
 }
 
 
+# DIFFERS(planet, dreamerv2, dreamerv3, merlin): resolve
 def resolve(args: Args) -> Args:
     """Fill what was left open (None) from the preset of --size and the task. An explicit flag wins.
 
@@ -185,6 +187,7 @@ def onehot_max(x):
     return torch.zeros_like(x).scatter_(-1, x.argmax(-1, keepdim=True), 1.0)
 
 
+# DIFFERS(dreamerv2, dreamerv3, merlin): sample_onehot
 def sample_onehot(logp, copies=()):
     """Sample a categorical exactly, by inversion: a uniform number per variable, compared with the cumulative sums.
 
@@ -520,6 +523,7 @@ def linear(inputs, outputs):
     return layer
 
 
+# DIFFERS(planet, dreamerv2, dreamerv3, merlin): Agent
 class Agent(nn.Module):
     """The paper's networks, linear between layers of 200 units. vae: 784-200-784 with a learned prior; sbn:
     392-200-200-392. A layer is S x K = 20 x 10 classes or 200 bits.
@@ -806,6 +810,7 @@ def load_data(args, device):
 # --- evaluation, logging, checkpoints ---------------------------------------------------------------------------------
 
 
+# DIFFERS(planet, dreamerv2, dreamerv3, merlin): evaluate
 def evaluate(agent, images, samples):
     """Bounds of -ln p(x) in nats, from hard samples. images: uint8 (n, 784).
 
@@ -855,6 +860,7 @@ def load(path, device, need=()):
         fail(f"{path}: cannot be read ({type(error).__name__}: {text}); allowed: a checkpoint.pt")
 
 
+# DIFFERS(planet, dreamerv2, dreamerv3, merlin): merge
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others, where they are given and not the
     default, must agree. device belongs to a call, not to a run: it is not inherited.
@@ -870,6 +876,7 @@ def merge(args, path, saved, free):
     return replace(Args(**saved), **{name: value for name, value in asked.items() if name in free})
 
 
+# DIFFERS(planet, dreamerv2, dreamerv3, merlin): restore_weights
 def restore_weights(agent, state, path):
     """Load a state_dict, or stop with one line where shapes differ."""
     try:
@@ -879,6 +886,7 @@ def restore_weights(agent, state, path):
         fail(f"{path}: made for other networks ({line}); allowed: its own flags and version")
 
 
+# DIFFERS(planet, dreamerv2, dreamerv3, merlin): load_agent
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     state = load(path, "cpu", need=("args", "agent", "now"))
@@ -905,6 +913,7 @@ def report(args, scores, step):
     print(f"{args.task}, {kind}, {step:,} steps: test bound {bounds}{known}", flush=True)
 
 
+# DIFFERS(planet, dreamerv2, dreamerv3, merlin): show
 def show(args):
     """--eval: print the test bound, leave images.png beside the checkpoint."""
     path = Path(args.eval)
@@ -1165,6 +1174,7 @@ def batches(count, size, step, seed, device="cpu"):
         step = (epoch + 1) * per_epoch
 
 
+# DIFFERS(planet, dreamerv2, dreamerv3, merlin): learn
 def learn(args, agent, data, now, writer, run_dir):
     """The loop, until total_steps. now: step, curve and seconds so far, kept up to date. -> the last statistics."""
     order = batches(len(data["train"]), args.batch_size, now["step"], args.seed, agent.device)
@@ -1202,6 +1212,7 @@ def learn(args, agent, data, now, writer, run_dir):
     return finite(stats)
 
 
+# DIFFERS(planet, dreamerv2, dreamerv3, merlin): train
 def train(args: Args, run_dir=None) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "bound", "bound_1", "curve", "seconds", losses}.
 

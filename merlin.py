@@ -72,6 +72,7 @@ from torch import nn
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # goes into every checkpoint: the code that really ran
 
 
+# DIFFERS(planet, dreamerv2, dreamerv3, gumbel_softmax): Args
 @dataclass
 class Args:
     env_id: str = "MemoryGame-6-v0"  # MemoryGame-<cards>-v0, or any id (module:Id too) with Discrete actions
@@ -135,7 +136,7 @@ SIZES = {"debug": DEBUG, "small": SMALL, "paper": PAPER}
 SIDES = (64,)  # of images: the decoder ends at 64
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3): resolve
+# DIFFERS(planet, dreamerv2, dreamerv3, gumbel_softmax): resolve
 def resolve(args: Args) -> Args:
     """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
 
@@ -180,6 +181,7 @@ def kl_gaussian(mean, std, mean2, std2):
 
 
 # SHARED(dreamerv2, dreamerv3, merlin): sample_onehot
+# DIFFERS(gumbel_softmax): sample_onehot
 def sample_onehot(logp, noise=None):
     """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
 
@@ -277,6 +279,7 @@ def policy_loss(logp, entropy, advantage, entropy_scale):
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
+# DIFFERS(planet, dreamerv2, dreamerv3): is_image
 def is_image(space):
     """uint8 of rank 3 goes to the convolutions, but for symbols on a small grid; all else is numbers."""
     bytes3 = isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
@@ -471,7 +474,7 @@ def state_of(inputs):
     return {key.removeprefix("state/"): x for key, x in inputs.items() if key.startswith("state/")}
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3): Agent
+# DIFFERS(planet, dreamerv2, dreamerv3, gumbel_softmax): Agent
 class Agent(nn.Module):
     """Predictor and policy of MERLIN; or a baseline: a policy with an encoder and, as RL-MEM, a memory of its own.
 
@@ -812,6 +815,7 @@ def register_game(env_id):
         gym.register(env_id, MemoryGame, kwargs={"cards": int(game[1])})
 
 
+# DIFFERS(planet, dreamerv2, dreamerv3): adapt
 def adapt(env, args, repeat):
     """One environment -> Dict of uint8 images (H, W, C), integers (MultiDiscrete), and flat float32 vectors."""
     space, action = env.observation_space, env.action_space
@@ -846,6 +850,7 @@ def adapt(env, args, repeat):
 
 
 # SHARED(planet, dreamerv3, merlin): atari_envs
+# DIFFERS(dreamerv2): atari_envs
 def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
     small = args.atari_protocol == "100k"
@@ -860,6 +865,7 @@ def atari_envs(env_id, num_envs, args, **kwargs):
     return gym.wrappers.vector.TransformObservation(envs, as_dict, batched, single)
 
 
+# DIFFERS(planet, dreamerv2, dreamerv3): make_envs
 def make_envs(env_id, num_envs, seed, args):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete actions."""
     family = env_id.split("/")[0]
@@ -984,6 +990,7 @@ def analyse(agent, args, path):
     figure.savefig(path, dpi=110)
 
 
+# DIFFERS(planet, dreamerv2): shown
 def shown(x, decoder, key, seen=False):
     """What analyse draws of an observation or its prediction, (T, ...): images side by side, or numbers as columns."""
     if key in decoder.images:
@@ -996,6 +1003,7 @@ def shown(x, decoder, key, seen=False):
 
 
 # SHARED(planet, dreamerv2, dreamerv3, merlin): evaluate
+# DIFFERS(gumbel_softmax): evaluate
 def evaluate(agent, args, episodes, video=None):
     """Play whole episodes without exploration noise; the random state of training is left as it was.
 
@@ -1051,6 +1059,7 @@ def load(path, device, need=()):
 
 
 # SHARED(planet, dreamerv2, dreamerv3, merlin): merge
+# DIFFERS(gumbel_softmax): merge
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
 
@@ -1068,6 +1077,7 @@ def merge(args, path, saved, free):
 
 
 # SHARED(planet, dreamerv2, dreamerv3, merlin): restore_weights
+# DIFFERS(gumbel_softmax): restore_weights
 def restore_weights(agent, state, path):
     """Load a state_dict, or stop with one line where shapes differ."""
     try:
@@ -1077,6 +1087,7 @@ def restore_weights(agent, state, path):
         fail(f"{path}: made for other observations or actions ({line}); allowed: its own environment and version")
 
 
+# DIFFERS(planet, dreamerv2, dreamerv3, gumbel_softmax): load_agent
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     state = load(path, "cpu", need=("args", "agent"))
@@ -1089,6 +1100,7 @@ def load_agent(path, args=None):
     return agent, args
 
 
+# DIFFERS(planet, dreamerv2, dreamerv3, gumbel_softmax): show
 def show(args):
     """--eval and --analyse: print the returns, leave a GIF or a picture beside the checkpoint."""
     path = Path(args.eval or args.analyse)
@@ -1151,6 +1163,7 @@ def finite(stats):
     return values
 
 
+# DIFFERS(planet, dreamerv2, dreamerv3): record
 def record(writer, args, now, stats, spent, since):
     """One progress line, and the scalars for TensorBoard. spent: seconds by part; since: time and step of last call.
 
@@ -1169,6 +1182,7 @@ def record(writer, args, now, stats, spent, since):
         writer.add_scalar(key, value, now["step"])
 
 
+# DIFFERS(planet, dreamerv2, dreamerv3): checkpoint
 def checkpoint(args, run_dir, agent, now, writer):
     """Write all that a resumed run needs; environments and state of the agent begin anew after each checkpoint."""
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
@@ -1178,6 +1192,7 @@ def checkpoint(args, run_dir, agent, now, writer):
     writer.flush()
 
 
+# DIFFERS(planet, dreamerv2, dreamerv3): restore
 def restore(saved, args, agent):
     """Bring agent and random state to where the checkpoint was taken. -> now."""
     restore_weights(agent, saved["agent"], args.resume)
@@ -1215,7 +1230,7 @@ def collect(args, agent, envs, row, state, now, writer, spent):
     return {**batch, **start}, row, state
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3): learn
+# DIFFERS(planet, dreamerv2, dreamerv3, gumbel_softmax): learn
 def learn(args, agent, envs, now, writer, run_dir):
     """The loop: play a window, learn from it, until total_timesteps. -> the last statistics.
 
@@ -1247,7 +1262,7 @@ def learn(args, agent, envs, now, writer, run_dir):
     return finite(stats)
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3): train
+# DIFFERS(planet, dreamerv2, dreamerv3, gumbel_softmax): train
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
     modes = [f"--{name}" for name in ("resume", "eval", "analyse") if getattr(args, name)]

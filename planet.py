@@ -70,6 +70,7 @@ from torch import nn
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # goes into every checkpoint: the code that really ran
 
 
+# DIFFERS(dreamerv2, dreamerv3, merlin, gumbel_softmax): Args
 @dataclass
 class Args:
     env_id: str = "dm_control/cartpole-swingup-v0"  # dm_control/<domain>-<task>-v0, ALE/*, or any gymnasium id
@@ -139,7 +140,7 @@ REPEATS = {"cartpole": 8, "reacher": 4, "cheetah": 4, "finger": 2, "ball_in_cup"
 SIDES = (64,)  # of images: the transposed convolutions end at 64
 
 
-# DIFFERS(dreamerv2, dreamerv3, merlin): resolve
+# DIFFERS(dreamerv2, dreamerv3, merlin, gumbel_softmax): resolve
 def resolve(args: Args) -> Args:
     """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
 
@@ -225,6 +226,7 @@ def cem(score, shape, iterations, top, like):
 
 
 # SHARED(planet, dreamerv2): init_weights
+# DIFFERS(dreamerv3): init_weights
 def init_weights(module):
     """Glorot-uniform weights, biases 0, as TensorFlow's layers."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
@@ -240,6 +242,7 @@ def mlp(sizes):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): is_image
+# DIFFERS(merlin): is_image
 def is_image(space):
     """uint8 of rank 3 goes to the convolutions, everything else to the MLP."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
@@ -532,7 +535,7 @@ class Captured:
 # --- agent ------------------------------------------------------------------------------------------------------------
 
 
-# DIFFERS(dreamerv2, dreamerv3, merlin): Agent
+# DIFFERS(dreamerv2, dreamerv3, merlin, gumbel_softmax): Agent
 class Agent(nn.Module):
     """World model and planner.
 
@@ -890,6 +893,7 @@ class DMControl(gym.Env):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): adapt
+# DIFFERS(merlin): adapt
 def adapt(env, args, repeat):
     """One environment -> Dict of uint8 images (H, W, C) and flat float32 vectors; Box actions clipped to [-1, 1]."""
     space, action = env.observation_space, env.action_space
@@ -918,6 +922,7 @@ def adapt(env, args, repeat):
 
 
 # SHARED(planet, dreamerv3, merlin): atari_envs
+# DIFFERS(dreamerv2): atari_envs
 def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
     small = args.atari_protocol == "100k"
@@ -933,6 +938,7 @@ def atari_envs(env_id, num_envs, args, **kwargs):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): make_envs
+# DIFFERS(merlin): make_envs
 def make_envs(env_id, num_envs, seed, args):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
     family = env_id.split("/")[0]
@@ -1049,6 +1055,7 @@ def open_loop(agent, batch):
 
 
 # SHARED(planet, dreamerv2): shown
+# DIFFERS(merlin): shown
 def shown(recon):
     """Predicted images, in -0.5 to 0.5, to 0 to 1."""
     return {key: (x + 0.5).clamp(0, 1) if x.dim() == 5 else x for key, x in recon.items()}
@@ -1074,6 +1081,7 @@ def dream(agent, args, steps=45):
 
 
 # SHARED(planet, dreamerv2, dreamerv3, merlin): evaluate
+# DIFFERS(gumbel_softmax): evaluate
 def evaluate(agent, args, episodes, video=None):
     """Play whole episodes without exploration noise; the random state of training is left as it was.
 
@@ -1129,6 +1137,7 @@ def load(path, device, need=()):
 
 
 # SHARED(planet, dreamerv2, dreamerv3, merlin): merge
+# DIFFERS(gumbel_softmax): merge
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
 
@@ -1146,6 +1155,7 @@ def merge(args, path, saved, free):
 
 
 # SHARED(planet, dreamerv2, dreamerv3, merlin): restore_weights
+# DIFFERS(gumbel_softmax): restore_weights
 def restore_weights(agent, state, path):
     """Load a state_dict, or stop with one line where shapes differ."""
     try:
@@ -1196,6 +1206,7 @@ def upper_bound(args):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): load_agent
+# DIFFERS(merlin, gumbel_softmax): load_agent
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     state = load(path, "cpu", need=("args", "agent"))
@@ -1209,6 +1220,7 @@ def load_agent(path, args=None):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): show
+# DIFFERS(merlin, gumbel_softmax): show
 def show(args):
     """--eval and --dream: print the returns, leave a GIF beside the checkpoint."""
     path = Path(args.eval or args.dream)
@@ -1275,6 +1287,7 @@ def finite(stats):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): record
+# DIFFERS(merlin): record
 def record(writer, args, now, stats, spent, since, replay):
     """One progress line, and the scalars for TensorBoard. spent: seconds by part; since: time and step of last call.
 
@@ -1294,6 +1307,7 @@ def record(writer, args, now, stats, spent, since, replay):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): checkpoint
+# DIFFERS(merlin): checkpoint
 def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
     """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint and the files it names."""
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
@@ -1306,6 +1320,7 @@ def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): restore
+# DIFFERS(merlin): restore
 def restore(saved, args, agent, replay, envs, run_dir):
     """Bring agent, replay, environments and random state to where the checkpoint was taken. -> now, row, agent state.
 
@@ -1336,7 +1351,7 @@ def restore(saved, args, agent, replay, envs, run_dir):
     return now, row, state
 
 
-# DIFFERS(dreamerv2, dreamerv3, merlin): learn
+# DIFFERS(dreamerv2, dreamerv3, merlin, gumbel_softmax): learn
 def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics.
 
@@ -1388,7 +1403,7 @@ def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     return finite(stats)
 
 
-# DIFFERS(dreamerv2, dreamerv3, merlin): train
+# DIFFERS(dreamerv2, dreamerv3, merlin, gumbel_softmax): train
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
     modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]

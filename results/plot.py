@@ -3,6 +3,7 @@
 
 Reads the TensorBoard files of the runs, writes NAME.csv (one row per training episode) and NAME.png next to this file.
 --by ablate draws one curve for all runs of one value of the flag --ablate: mean over runs, band from least to greatest.
+--by prior,alpha-obs one for each combination, named by those values that most runs do not have.
 A published curve comes from published.csv (columns benchmark, method, task, step, mean), if that file is here.
 Needs matplotlib, which the algorithms do not: pip install matplotlib
 """
@@ -38,18 +39,21 @@ def episodes(run, every):
     return [(*row, round(float(mean), 4)) for row, mean in zip(rows, means, strict=True)][every - 1 :: every]
 
 
-def draw_groups(axes, curves, flag, window):
-    """curves: [(run, frames, returns)] -> a line and a band for each value of a flag, read from the checkpoints."""
+def draw_groups(axes, curves, flags, window):
+    """curves: [(run, frames, returns)] -> a line and a band for each combination of flags, read from checkpoints."""
     import torch
 
+    saved = [torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)["args"] for run, *_ in curves]
+    values = [tuple(args.get(flag.replace("-", "_")) for flag in flags) for args in saved]
+    usual = [max(column, key=column.count) for column in zip(*values, strict=True)] if len(flags) > 1 else [None]
     groups = {}
-    for run, frames, returns in curves:
-        saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-        groups.setdefault(saved["args"].get(flag.replace("-", "_")), []).append((frames, smooth(returns, window)))
-    for value, members in groups.items():
+    for (_, frames, returns), own in zip(curves, values, strict=True):
+        unlike = [f"{flag}: {x}" for flag, x, y in zip(flags, own, usual, strict=True) if x != y]
+        groups.setdefault(", ".join(unlike) or "as it is", []).append((frames, smooth(returns, window)))
+    for label, members in groups.items():
         grid = np.linspace(0, min(frames[-1] for frames, _ in members), 200)
         lines = np.array([np.interp(grid, frames, mean) for frames, mean in members])
-        (line,) = axes.plot(grid, lines.mean(0), label=f"{flag}: {value} ({len(members)} runs)")
+        (line,) = axes.plot(grid, lines.mean(0), label=f"{label} ({len(members)} runs)")
         axes.fill_between(grid, lines.min(0), lines.max(0), color=line.get_color(), alpha=0.12, linewidth=0)
 
 
@@ -60,7 +64,7 @@ def main():
     parser.add_argument("--published", help="BENCHMARK,METHOD,TASK of published.csv")
     parser.add_argument("--window", type=int, default=10, help="episodes in the running mean")
     parser.add_argument("--every", type=int, default=1, help="training episodes in one row: for many short episodes")
-    parser.add_argument("--by", help="name of a flag: one curve for each of its values")
+    parser.add_argument("--by", help="names of flags: one curve for each of their values")
     args = parser.parse_args()
     curves = []
     figure, axes = plt.subplots(figsize=(6, 4))
@@ -76,7 +80,7 @@ def main():
         (line,) = axes.plot(frames, smooth(returns, args.window), label=run.name.rsplit("__", 1)[0])
         axes.plot(frames, returns, ".", color=line.get_color(), alpha=0.25, markersize=3)
     if args.by:
-        draw_groups(axes, curves, args.by, args.window)
+        draw_groups(axes, curves, args.by.split(","), args.window)
     if args.published:
         with open(HERE / "published.csv") as file:
             rows = [row for row in csv.DictReader(file) if args.published.split(",") == list(row.values())[:3]]

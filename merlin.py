@@ -38,9 +38,10 @@ Differs from the paper, on purpose:
   gradients flow, while state is carried from window to window.
 - What is written to memory has no gradient in MERLIN: latents are shaped by their own decoder. In RL-MEM it has one.
 - A time-out bootstraps, as everywhere in this repository; the paper does not speak of it.
-- Usage counts the reads of the predictor, not those of the policy. It matters in episodes longer than the memory only.
+- A full memory gives up the row read least per step since it was written; the paper's sum of reads would give up the
+  newest, always. The predictor's reads count, not the policy's. Both matter in episodes longer than the memory only.
 - Every checkpoint begins new episodes, so that a run killed and resumed equals one left alone, without the state of the
-  environments. Nothing is seen of episodes that last longer than that.
+  environments. Of an episode longer than checkpoint_every / num_envs steps the end is never seen.
 - The image decoder doubles its resolution by repeating pixels before a block, not by transposed convolutions.
 - All alphas are ours, as are rates, discount and entropy of size small: found on the memory game. What of observations
   cannot be put into numbers, such as text, is left out.
@@ -149,7 +150,7 @@ def resolve(args: Args) -> Args:
     preset = {**PAPER, **SIZES[args.size], **whole}
     foreign = ["value_scale"] if args.agent == "merlin" else ["learning_rate", "predictor_clip", "prior", "return_grad"]
     foreign += [x.name for x in fields(Args) if x.name.startswith("alpha_") and args.agent != "merlin"]
-    foreign += ["retroactive"] if args.agent == "rl_lstm" else []
+    foreign += ["retroactive", "rows", "keys", "stoch"] if args.agent == "rl_lstm" else []
     for name in foreign:
         if getattr(args, name) not in (getattr(Args, name), preset.get(name)):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: is of no use with --agent {args.agent}")
@@ -161,11 +162,16 @@ def resolve(args: Args) -> Args:
     for name in [*positive, "hidden", "units", "depth", "keys", "rows", "clip", "predictor_clip"]:
         if getattr(args, name) <= 0:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than 0")
+    for name in [x.name for x in fields(Args) if x.name.startswith("alpha_")] + ["entropy_scale", "value_scale"]:
+        if getattr(args, name) < 0:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: 0 or more")
     for name in ("gamma", "lam"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name} {getattr(args, name)}: allowed: 0 to 1")
     if args.atari_protocol != Args.atari_protocol and not atari:
         fail(f"--atari-protocol {args.atari_protocol}: allowed: with --env-id ALE/... only")
+    if args.analyse and not importlib.util.find_spec("matplotlib"):
+        fail("--analyse: matplotlib is missing; allowed after: pip install matplotlib")
     if args.track and not importlib.util.find_spec("wandb"):
         fail("--track: Weights & Biases is missing; allowed after: pip install wandb")
     return args
@@ -204,7 +210,7 @@ def read(memory, keys, strengths):
 
 
 def write_weights(count, usage):
-    """Where to write: row number `count` while there are fresh ones, then the one read least, which is erased.
+    """Where to write: row number `count` while there are fresh ones, then the one of least usage, which is erased.
 
     count: (N,) rows written so far; usage: (N, R) -> one-hot (N, R), reused (N, 1).
     """
@@ -221,11 +227,12 @@ def write(memory, state, content, read_weights, gamma, retroactive):
     v_ret <- gamma v_ret + (1 - gamma) v_wr of the step before;  M <- M + v_wr [z, 0]^T + v_ret [0, z]^T
 
     The lecture's order takes v_wr of this step, so that the sum begins with z_i itself. memory: (N, R, W); state:
-    {"retro", "last", "usage": (N, R), "count": (N,)}; content: (N, Z); read_weights: (N, K, R), which count as usage.
+    {"retro", "last", "usage", "age": (N, R), "count": (N,)}; content: (N, Z); read_weights: (N, K, R), summed as usage.
+    The row taken is that read least per step since it was written: by the plain sum it would be the newest, always.
     -> memory, state. Memory is overwritten in place where no gradient is asked for.
     """
-    usage = state["usage"] + read_weights.detach().sum(1)  # (N, R)
-    chosen, reused = write_weights(state["count"], usage)
+    usage, age = state["usage"] + read_weights.detach().sum(1), state["age"] + 1  # (N, R) each
+    chosen, reused = write_weights(state["count"], usage / age)
     kept = 1 - chosen * reused  # (N, R)
     retro = state["retro"]
     if retroactive == "paper":
@@ -239,8 +246,8 @@ def write(memory, state, content, read_weights, gamma, retroactive):
     else:
         for half, column in zip(memory.mul_(kept[..., None]).chunk(2, -1), columns, strict=True):
             half.addcmul_(column, row)
-    usage = usage * (1 - chosen)  # (N, R)
-    return memory, {"retro": retro, "last": chosen, "usage": usage, "count": state["count"] + 1}
+    usage, age = usage * (1 - chosen), age * (1 - chosen)  # (N, R)
+    return memory, {"retro": retro, "last": chosen, "usage": usage, "age": age, "count": state["count"] + 1}
 
 
 def advantages(reward, value, is_last, is_terminal, gamma, lam):
@@ -364,15 +371,10 @@ class Decoder(nn.Module):
         self.action, self.reward = nn.Linear(args.units, action_size), nn.Linear(args.units, 1)
         if self.images:
             C, channels = args.depth, sum(self.shapes[key][-1] for key in self.images)
-            layers = [
-                nn.Linear(args.stoch, 500),
-                nn.ReLU(),
-                nn.Linear(500, 64 * C),
-                nn.ReLU(),
-                nn.Unflatten(1, (C, 8, 8)),
-            ]
+            dense = [nn.Linear(args.stoch, 500), nn.ReLU(), nn.Linear(500, 64 * C), nn.ReLU()]
             blocks = [Bottleneck(C, C, stride) for stride in (1, -2, 1, -2, 1, -2)]
-            self.image_net = nn.Sequential(*layers, *blocks, nn.Conv2d(C, channels, 1), nn.Sigmoid())
+            image = [nn.Conv2d(C, channels, 1), nn.Sigmoid()]
+            self.image_net = nn.Sequential(*dense, nn.Unflatten(1, (C, 8, 8)), *blocks, *image)
 
     def forward(self, z):
         """(N, Z) -> {key: (N, ...)}, with "action" (N, A) and "reward" (N,)."""
@@ -523,14 +525,8 @@ class Agent(nn.Module):
         R, W, L, U, K = args.rows, 2 * args.stoch, 2, args.hidden, args.keys
         state = {"action": zeros(self.actions), "policy_h": zeros(L, U), "policy_c": zeros(L, U)}
         if self.remembers:
-            state |= {
-                "memory": zeros(R, W),
-                "retro": zeros(R),
-                "last": zeros(R),
-                "usage": zeros(R),
-                "count": zeros().long(),
-            }
-            state["policy_read"] = zeros(1 if self.merlin else K, W)
+            state |= {key: zeros(R) for key in ("retro", "last", "usage", "age")}
+            state |= {"memory": zeros(R, W), "count": zeros().long(), "policy_read": zeros(1 if self.merlin else K, W)}
         if self.merlin:
             state |= {"h": zeros(L, U), "c": zeros(L, U), "read": zeros(K, W)}
         return state
@@ -542,7 +538,7 @@ class Agent(nn.Module):
 
     def store(self, state, content, weights):
         """Write to memory, see write. -> the memory's part of the state."""
-        parts = {key: state[key] for key in ("retro", "last", "usage", "count")}
+        parts = {key: state[key] for key in ("retro", "last", "usage", "age", "count")}
         memory, parts = write(state["memory"], parts, content, weights, self.args.gamma, self.args.retroactive)
         return {"memory": memory, **parts}
 
@@ -577,14 +573,7 @@ class Agent(nn.Module):
         new["h"], new["c"] = self.lstm(torch.cat([z, action, state["read"].flatten(1)], -1), state["h"], state["c"])
         new["read"], weights = read(state["memory"], *self.keys(new["h"]))
         new |= self.store(state, seen, weights)  # reads come before the write
-        outputs = {
-            "logits": logits,
-            "z": z,
-            "post": post,
-            "prior": prior,
-            "weights": weights,
-            "policy_weights": policy_weights,
-        }
+        outputs = dict(logits=logits, z=z, post=post, prior=prior, weights=weights, policy_weights=policy_weights)
         return outputs, new
 
     def baseline_tick(self, embed, state, choose):
@@ -1105,9 +1094,9 @@ def show(args):
     """--eval and --analyse: print the returns, leave a GIF or a picture beside the checkpoint."""
     path = Path(args.eval or args.analyse)
     folder = path if path.is_dir() else path.parent
-    if args.analyse and load(path, "cpu", need=("args",))["args"].get("agent") != "merlin":
-        fail(f"--analyse {path}: a baseline; allowed: a run of --agent merlin")
     agent, args = load_agent(path, args)
+    if args.analyse and not agent.merlin:
+        fail(f"--analyse {path}: a baseline; allowed: a run of --agent merlin")
     if args.analyse:
         analyse(agent, args, folder / "analysis.png")
         print(f"{folder}/analysis.png: reads and predictions in one episode")
@@ -1226,7 +1215,9 @@ def collect(args, agent, envs, row, state, now, writer, spent):
         spent["act"], spent["env"] = spent["act"] + times[1] - times[0], spent["env"] + times[2] - times[1]
     noise = torch.randn_like(rows[-1]["noise"])
     rows.append({**row, "action": np.zeros_like(action), "noise": noise})  # for its value
-    batch = {key: torch.stack([torch.as_tensor(x[key], device=agent.device) for x in rows], 1) for key in rows[0]}
+    arrays = lambda parts: torch.as_tensor(np.stack(parts, 1), device=agent.device)  # one transfer for the window
+    stack = lambda parts: torch.stack(parts, 1) if torch.is_tensor(parts[0]) else arrays(parts)
+    batch = {key: stack([x[key] for x in rows]) for key in rows[0]}
     return {**batch, **start}, row, state
 
 

@@ -64,6 +64,8 @@ GPU |= {
 GPU["DreamerV2 update, dmc-vision, bf16"] = dict(module="dreamerv2", size="dmc-vision", box=True)
 GPU |= {f"DreamerV2 act, atari-fast, {n} environments": {**FAST, "act": n} for n in (1, 16)}
 GPU |= {f"PlaNet plan, {n} environments": dict(module="planet", shape=VECTOR, act=n) for n in (1, 16)}
+GAME = dict(module="merlin", size="paper", env_id="MemoryGame-16-v0", env_kwargs='{"image": true}')
+GPU |= {f"MemoryGame-16-v0 as images, {x}, paper": {**GAME, "game": x} for x in ("merlin", "rl_mem", "rl_lstm")}
 GPU |= {f"act {size}, {n} environments": dict(size=size, act=n) for size in ("12m", "200m") for n in (1, 16)}
 
 
@@ -89,9 +91,13 @@ def measure(
     module = importlib.import_module(module)
     if game:
         with tempfile.TemporaryDirectory() as root:
-            cpu, flags = time.process_time(), dict(agent=game, total_timesteps=30_000, log_every=1e9, run_root=root)
+            flags = {"total_timesteps": 30_000, "log_every": 1e9, **flags, "agent": game, "run_root": root}
+            cpu, wall = time.process_time(), time.time()
             steps = module.train(module.Args(device=device, **flags))["global_step"]
-            return {"agent steps / core s": steps / (time.process_time() - cpu)}
+            return {
+                "agent steps / core s": steps / (time.process_time() - cpu),
+                "steps / s": steps / (time.time() - wall),
+            }
     if pong:
         with tempfile.TemporaryDirectory() as root:
             flags |= dict(total_timesteps=340, learning_starts=192, log_every=1e9, run_root=root)
@@ -169,7 +175,7 @@ def main():
     print(
         f"{device}, PyTorch {torch.__version__}; batch 16 x 64, images of 64x64x3, 6 actions unless named otherwise\n"
     )
-    columns = ["median ms", "core s", "peak GB", "first update s", "agent steps / core s"]
+    columns = ["median ms", "core s", "peak GB", "first update s", "agent steps / core s", "steps / s"]
     columns += ["rows MB", "latents MB", "replay GiB"]
     print(f"| case | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for name in cases:

@@ -281,9 +281,8 @@ def test_gradients_reach_the_encoder(module):
                 assert all(grad.abs().max() > 0 for grad in grads), key
 
 
-@pytest.mark.parametrize("action", ["discrete", "box"])
-def test_update_never_waits_for_the_host(module, action):
-    """An update neither reads a value on the host, nor makes a shape depend on one, nor copies from host memory.
+def host_waits(call):
+    """What call() does that reads a value on the host, makes a shape depend on one, or copies from host memory.
 
     These are what a CUDA graph cannot capture, and what stalls a GPU; torch.normal(mean, std) checks std on the host.
     """
@@ -307,14 +306,25 @@ def test_update_never_waits_for_the_host(module, action):
                 found.add(str(func))
             return func(*args, **(kwargs or {}))
 
+    with Functions(), Operations():
+        call()
+    return found
+
+
+@pytest.mark.parametrize("action", ["discrete", "box"])
+def test_update_never_waits_for_the_host(module, action):
+    """Neither does an update, nor what is captured of acting and of planning."""
     agent, replay = experience(module, f"Tiny-both-{action}-v0")
     batch = window(module, agent, replay)
     agent.update({key: x.clone() for key, x in batch.items()})
-    with Functions(), Operations():
-        agent.step(batch)
-        if hasattr(agent, "plan"):
-            agent.plan(agent.rssm.initial(2))
-    assert found == set()
+    assert host_waits(lambda: agent.step(batch)) == set()
+    if hasattr(agent, "plan"):
+        assert host_waits(lambda: agent.plan(agent.rssm.initial(2))) == set()
+    if hasattr(agent, "act_step"):
+        inputs = {key: batch[key][:, 0] for key in (*agent.decoder.shapes, "is_first")}
+        inputs |= agent.initial(len(inputs["is_first"]))
+        for eval in (False, True):
+            assert host_waits(torch.no_grad()(lambda eval=eval: agent.act_step(inputs, eval))) == set()
 
 
 # --- time -------------------------------------------------------------------------------------------------------------

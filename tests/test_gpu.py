@@ -5,6 +5,7 @@ import importlib
 
 import numpy as np
 import pytest
+import test_merlin
 import torch
 from test_common import AGENTS, experience, known, short, window
 
@@ -85,6 +86,51 @@ def test_captured_plans(on):
     for p in agent.reward.parameters():
         p.data.zero_()
     assert torch.isfinite(agent.captured_plan(agent.rssm.initial(1))["action"]).all()
+
+
+@pytest.mark.parametrize("name", ["dreamerv2", "dreamerv3"])
+@pytest.mark.parametrize("action", ["discrete", "box"])
+def test_captured_acting(name, action):
+    """Captured acting follows the weights: after an update it does what an eager agent of the same weights does."""
+    module, agents = importlib.import_module(name), []
+    _, replay = experience(module, f"Tiny-both-{action}-v0")
+    for on in False, True:
+        flags = dict(env_id=f"Tiny-both-{action}-v0", size="debug", device="cuda", warmup=1, bf16=False, cuda_graph=on)
+        args = module.resolve(module.Args(**known(module, flags)))
+        envs = module.make_envs(args.env_id, 1, 0, args)
+        torch.manual_seed(0)
+        agents.append(module.Agent(envs.single_observation_space, envs.single_action_space, args))
+    eager, graph = agents
+    batch = {key: x.to(eager.device) for key, x in window(module, eager, replay).items()}
+    obs, first = {key: batch[key][:, 0] for key in eager.decoder.shapes}, batch["is_first"][:, 0] | True
+    begin = eager.initial(len(first))
+    for _ in range(6):
+        for _ in range(6):  # captured at the fourth
+            graph.act(obs, first, begin, eval=True)
+        graph.update({key: x.clone() for key, x in batch.items()})
+        eager.load_state_dict(graph.state_dict())
+        states = [agent.act(obs, first, begin, eval=True)[1]["deter"] for agent in agents]
+        assert torch.allclose(*states, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("agent", ["merlin", "rl_mem", "rl_lstm"])
+def test_merlin_graphs_equal_eager(agent):
+    """merlin: a captured update is the eager one, which draws nothing; and captured acting follows the weights."""
+    flags = dict(agent=agent, device="cuda", bf16=False)
+    (envs, graph), (_, eager) = (test_merlin.made(**flags, cuda_graph=on) for on in (True, False))
+    batch = test_merlin.window(envs, eager)[0]
+    for _ in range(8):
+        a, b = (made.update(batch) for made in (graph, eager))
+        assert {key: float(x) for key, x in a.items()} == pytest.approx({key: float(b[key]) for key in a}, rel=1e-3)
+    real, logits = graph.captured_act, []
+    graph.captured_act = lambda inputs: logits.append((out := real(inputs))["logits"].clone()) or out
+    for _ in range(3):  # captured at the fourth step of the first window
+        del logits[:]
+        batch = test_merlin.window(envs, graph)[0]
+        with torch.no_grad():
+            again = graph.unroll(batch)["logits"][:, :-1]
+        assert torch.allclose(again, torch.stack(logits, 1), rtol=1e-3, atol=1e-4)
+        graph.update(batch)
 
 
 @pytest.mark.parametrize("agent", ["merlin", "rl_mem", "rl_lstm"])

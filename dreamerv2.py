@@ -136,7 +136,7 @@ class Args:
     depth: int | None = None  # channels of the first convolution; Table: 48
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     bf16: bool = True  # bfloat16 products and convolutions on a GPU; products only on a CPU with AMX
-    cuda_graph: bool = True  # replay the whole update as one CUDA graph on a GPU
+    cuda_graph: bool = True  # replay the step of acting, and the whole update, as CUDA graphs on a GPU
     torch_deterministic: bool = False  # ask cuDNN for deterministic kernels
     exp_name: str = Path(__file__).stem  # names the run
     run_root: str = "runs"  # folder of the run folders
@@ -173,6 +173,7 @@ DEBUG |= dict(stoch=8, classes=8, deter=32, hidden=32, units=32, depth=4, tanh_r
 SIZES = {"debug": DEBUG, "small": SMALL, "atari": ATARI, "atari-fast": FAST, "dmc-vision": DMC, "dmc-proprio": DMC}
 SIZES |= {"crafter": CRAFTER}
 ANNEALED = {"entropy_scale": 3e-3}  # --schedules: where it begins
+OF_A_CALL = ("device", "capture_video", "track")  # flags that a checkpoint does not hand on
 SIDES = (64,)  # of images: the transposed convolutions end at 64
 
 
@@ -1341,11 +1342,11 @@ def load(path, device, need=()):
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
 
-    device, capture_video and track belong to a call, not to a run: they are not inherited.
+    Those of OF_A_CALL belong to a call, not to a run: they are not inherited.
     """
     if not saved.keys() <= {x.name for x in fields(Args)}:
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
-    saved = {**asdict(Args()), **saved, "device": "auto", "capture_video": False, "track": False}
+    saved = {**asdict(Args()), **saved, **{name: getattr(Args, name) for name in OF_A_CALL}}
     asked = {x.name: getattr(args, x.name) for x in fields(Args) if getattr(args, x.name) != x.default}
     for name, value in asked.items():
         if name not in free and value != saved[name]:
@@ -1571,7 +1572,7 @@ def train(args: Args) -> dict:
     if args.eval or args.dream:
         return show(args)
     saved = load(args.resume, "cpu", need=("args", "agent", "now")) if args.resume else None
-    free = ("resume", "total_timesteps", "device", "checkpoint_every", "log_every", "capture_video", "track")
+    free = ("resume", "total_timesteps", "checkpoint_every", "log_every", *OF_A_CALL)
     args = resolve(merge(args, args.resume, saved["args"], free) if saved else args)
     needed = args.num_envs * args.batch_length
     if args.buffer_size // args.num_envs * args.num_envs < needed:

@@ -118,8 +118,8 @@ class Args:
     depth: int | None = None  # half the channels of the first convolution
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     bf16: bool = True  # bfloat16 products and convolutions on a GPU; products only on a CPU with AMX
-    cuda_graph: bool = True  # replay the whole update as one CUDA graph on a GPU
-    compile: bool = False  # torch.compile one step of filter and imagination: a minute at the start
+    cuda_graph: bool = True  # replay the step of acting, and the whole update, as CUDA graphs on a GPU
+    compile: bool = False  # torch.compile the recurrent step, but for its products; a resumed run must ask again
     torch_deterministic: bool = False  # ask cuDNN for deterministic kernels
     exp_name: str = Path(__file__).stem  # names the run
     run_root: str = "runs"  # folder of the run folders
@@ -143,6 +143,7 @@ RUN |= dict(checkpoint_every=10_000)
 DEBUG = dict(total_timesteps=400, batch_size=4, batch_length=8, train_ratio=4.0, learning_starts=64)
 SIZES = {"debug": widths(32, checkpoint_every=200, **DEBUG), "1m": widths(64), "12m": widths(256), "25m": widths(384)}
 SIZES |= {"50m": widths(512), "100m": widths(768), "200m": widths(1024), "400m": widths(1536)}
+OF_A_CALL = ("device", "capture_video", "track", "compile")  # flags that a checkpoint does not hand on
 SIDES = range(48, 257, 16)  # of images: four halvings, and a smallest image that is not too small
 
 
@@ -564,8 +565,10 @@ class RSSM(nn.Module):
         self.post_in, self.post_norm, self.post_out = nn.Linear(D + embed_size, U), RMSNorm(U), nn.Linear(U, Z)
         self.prior_net = nn.Sequential(*mlp(D, U, 2), nn.Linear(U, Z))
         self.apply(init_weights)
-        if args.compile:  # not the sequence, which would be unrolled and compile for minutes
-            self.filter_step, self.dream_step = map(torch.compile, (self.filter_step, self.dream_step))
+        if (
+            args.compile
+        ):  # neither the sequence, which would compile for minutes, nor products: autocast casts them once
+            self.gru, self.draw = (torch.compile(f, dynamic=False) for f in (self.gru, self.draw))
 
     def initial(self, B):
         """Zeros: {"deter": (B, D), "stoch": (B, S, K)}."""
@@ -579,9 +582,20 @@ class RSSM(nn.Module):
         own = deter.to(shared.dtype).view(N, G, -1)  # each block sees its own slice of h, and all of the shared input
         x = torch.cat([own, shared[:, None].expand(-1, G, -1)], -1).flatten(1)
         x = F.silu(self.core_norm(self.core_hidden(x)))  # (N, D)
-        reset, cand, update = (gate.flatten(1) for gate in self.core_gates(x).float().view(N, G, 3, -1).unbind(2))
+        return self.gru(deter, self.core_gates(x).view(N, G, 3, -1))
+
+    def gru(self, deter, gates):
+        """h' from h (N, D) and what each block says to it (N, G, 3, D/G)."""
+        reset, cand, update = (gate.flatten(1) for gate in gates.float().unbind(2))
         cand = torch.tanh(reset.sigmoid() * cand)  # (N, D)
         return torch.lerp(deter, cand, (update - 1).sigmoid())  # the -1 makes a new network remember
+
+    def draw(self, logits, noise):
+        """z ~ unimix(logits), with the gradient of its probabilities. Both (N, S, K); noise ~ Exp(1), drawn outside, as
+        compiled code has a generator of its own.
+        """
+        logp = unimix(logits, self.args.unimix)
+        return straight_through(sample_onehot(logp, noise), logp.exp())
 
     def prior(self, deter):
         """Logits of p(z | h): (..., D) -> (..., S, K)."""
@@ -611,26 +625,13 @@ class RSSM(nn.Module):
         noise = torch.rand(B, T, S, K, device=embed.device).log_().neg_() if noise is None else noise
         deter, stoch, states = state["deter"], state["stoch"], []
         for t in range(T):
-            kept = deter * keep[:, t, None], stoch * keep[:, t, None, None]
-            states.append(self.filter_step(*kept, action_hidden[:, t], embed_hidden[:, t], noise[:, t], weight_deter))
-            deter, stoch, _ = states[-1]
+            deter = self.core(deter * keep[:, t, None], stoch * keep[:, t, None, None], action_hidden[:, t])
+            x = F.silu(self.post_norm(F.linear(deter, weight_deter) + embed_hidden[:, t]))
+            logits = self.post_out(x).view(B, S, K)
+            stoch = self.draw(logits, noise[:, t])
+            states.append((deter, stoch, logits))
         deter, stoch, logits = (torch.stack(x, 1) for x in zip(*states, strict=True))
         return {"deter": deter, "stoch": stoch, "logits": logits}
-
-    def filter_step(self, deter, stoch, action_hidden, embed_hidden, noise, weight_deter):
-        """One step of observe -> h (B, D); z, a sample of q(z | h, x) with the gradient of its probabilities, and its
-        logits (B, S, K).
-        """
-        deter = self.core(deter, stoch, action_hidden)
-        x = F.silu(self.post_norm(F.linear(deter, weight_deter) + embed_hidden))
-        logits = self.post_out(x).view_as(stoch)
-        logp = unimix(logits, self.args.unimix)
-        return deter, straight_through(sample_onehot(logp, noise), logp.exp()), logits
-
-    def dream_step(self, deter, stoch, action, noise):
-        """One step of imagine -> h (N, D); z, a sample of p(z | h) (N, S, K)."""
-        deter = self.core(deter, stoch, self.action_in(self.clip(action)))
-        return deter, sample_onehot(unimix(self.prior(deter), self.args.unimix), noise)
 
     def imagine(self, state, policy, horizon):
         """Roll the prior forward. state: N start states; policy: features (N, F) -> action (N, A).
@@ -640,8 +641,8 @@ class RSSM(nn.Module):
         deter, stoch, feats, actions = state["deter"], state["stoch"], [self.feat(state)], []
         for _ in range(horizon):
             actions.append(policy(feats[-1]))
-            noise = torch.rand_like(stoch).log_().neg_()  # Exp(1), drawn here: a compiled step has its own generator
-            deter, stoch = self.dream_step(deter, stoch, actions[-1], noise)
+            deter = self.core(deter, stoch, self.action_in(self.clip(actions[-1])))
+            stoch = self.draw(self.prior(deter), torch.rand_like(stoch).log_().neg_())
             feats.append(self.feat({"deter": deter, "stoch": stoch}))
         return torch.stack(feats, 1), torch.stack(actions, 1)
 
@@ -1345,11 +1346,11 @@ def load(path, device, need=()):
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
 
-    device, capture_video and track belong to a call, not to a run: they are not inherited.
+    Those of OF_A_CALL belong to a call, not to a run: they are not inherited.
     """
     if not saved.keys() <= {x.name for x in fields(Args)}:
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
-    saved = {**asdict(Args()), **saved, "device": "auto", "capture_video": False, "track": False}
+    saved = {**asdict(Args()), **saved, **{name: getattr(Args, name) for name in OF_A_CALL}}
     asked = {x.name: getattr(args, x.name) for x in fields(Args) if getattr(args, x.name) != x.default}
     for name, value in asked.items():
         if name not in free and value != saved[name]:
@@ -1574,7 +1575,7 @@ def train(args: Args) -> dict:
     if args.eval or args.dream:
         return show(args)
     saved = load(args.resume, "cpu", need=("args", "agent", "now")) if args.resume else None
-    free = ("resume", "total_timesteps", "device", "checkpoint_every", "log_every", "capture_video", "track")
+    free = ("resume", "total_timesteps", "checkpoint_every", "log_every", *OF_A_CALL)
     args = resolve(merge(args, args.resume, saved["args"], free) if saved else args)
     needed = args.num_envs * (-(-args.learning_starts // args.num_envs) + args.batch_length)  # rows at the first update
     if args.buffer_size // args.num_envs * args.num_envs < min(needed, args.total_timesteps):

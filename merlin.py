@@ -134,6 +134,7 @@ SMALL |= dict(learning_rate=3e-3, policy_learning_rate=1e-3, stoch=16, hidden=64
 DEBUG = {**SMALL, "total_timesteps": 2_000, "num_envs": 8, "window": 8, "checkpoint_every": 1_000, "rows": 10}
 DEBUG |= dict(stoch=4, hidden=8, units=8, depth=4, keys=2)
 SIZES = {"debug": DEBUG, "small": SMALL, "paper": PAPER}
+OF_A_CALL = ("device", "capture_video", "track")  # flags that a checkpoint does not hand on
 SIDES = (64,)  # of images: the decoder ends at 64
 
 
@@ -1052,11 +1053,11 @@ def load(path, device, need=()):
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
 
-    device, capture_video and track belong to a call, not to a run: they are not inherited.
+    Those of OF_A_CALL belong to a call, not to a run: they are not inherited.
     """
     if not saved.keys() <= {x.name for x in fields(Args)}:
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
-    saved = {**asdict(Args()), **saved, "device": "auto", "capture_video": False, "track": False}
+    saved = {**asdict(Args()), **saved, **{name: getattr(Args, name) for name in OF_A_CALL}}
     asked = {x.name: getattr(args, x.name) for x in fields(Args) if getattr(args, x.name) != x.default}
     for name, value in asked.items():
         if name not in free and value != saved[name]:
@@ -1262,7 +1263,7 @@ def train(args: Args) -> dict:
     if args.eval or args.analyse:
         return show(args)
     saved = load(args.resume, "cpu", need=("args", "agent", "now")) if args.resume else None
-    free = ("resume", "total_timesteps", "device", "checkpoint_every", "log_every", "capture_video", "track")
+    free = ("resume", "total_timesteps", "checkpoint_every", "log_every", *OF_A_CALL)
     args = resolve(merge(args, args.resume, saved["args"], free) if saved else args)
     tune(args)
     for seed in random.seed, np.random.seed, torch.manual_seed:

@@ -137,6 +137,7 @@ SMALL = dict(iterations=5, candidates=300, top=30, stoch=16, deter=64, hidden=64
 SIZES = {"debug": DEBUG, "small": SMALL, "paper": {}}
 
 REPEATS = {"cartpole": 8, "reacher": 4, "cheetah": 4, "finger": 2, "ball_in_cup": 4, "walker": 2}  # the paper's
+OF_A_CALL = ("device", "capture_video", "track")  # flags that a checkpoint does not hand on
 SIDES = (64,)  # of images: the transposed convolutions end at 64
 
 
@@ -1141,11 +1142,11 @@ def load(path, device, need=()):
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
 
-    device, capture_video and track belong to a call, not to a run: they are not inherited.
+    Those of OF_A_CALL belong to a call, not to a run: they are not inherited.
     """
     if not saved.keys() <= {x.name for x in fields(Args)}:
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
-    saved = {**asdict(Args()), **saved, "device": "auto", "capture_video": False, "track": False}
+    saved = {**asdict(Args()), **saved, **{name: getattr(Args, name) for name in OF_A_CALL}}
     asked = {x.name: getattr(args, x.name) for x in fields(Args) if getattr(args, x.name) != x.default}
     for name, value in asked.items():
         if name not in free and value != saved[name]:
@@ -1414,7 +1415,7 @@ def train(args: Args) -> dict:
     if args.planner == "true":
         return upper_bound(resolve(args))
     saved = load(args.resume, "cpu", need=("args", "agent", "now")) if args.resume else None
-    free = ("resume", "total_timesteps", "device", "checkpoint_every", "log_every", "capture_video", "track")
+    free = ("resume", "total_timesteps", "checkpoint_every", "log_every", *OF_A_CALL)
     args = resolve(merge(args, args.resume, saved["args"], free) if saved else args)
     needed = args.num_envs * (args.batch_length + 1)
     if args.buffer_size // args.num_envs * args.num_envs < needed:

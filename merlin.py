@@ -43,6 +43,7 @@ Differs from the paper, on purpose:
 - Every checkpoint begins new episodes, so that a run killed and resumed equals one left alone, without the state of the
   environments. Of an episode longer than checkpoint_every / num_envs steps the end is never seen.
 - The image decoder doubles its resolution by repeating pixels before a block, not by transposed convolutions.
+- The image encoder has a layer norm before its tanh, which Adam drives into saturation within 100 updates otherwise.
 - All alphas are ours, as are rates, discount and entropy of size small: found on the memory game. What of observations
   cannot be put into numbers, such as text, is left out.
 """
@@ -310,7 +311,8 @@ def onehots(x, counts):
 class Bottleneck(nn.Module):
     """Residual block: 1x1, 3x3 to half the channels, 1x1 back; the first convolution changes the resolution.
 
-    stride 2 halves it, -2 doubles it. No batch norm.
+    stride 2 halves it, -2 doubles it. No batch norm, so that weights begin as large as ReLUs need (He): with PyTorch's
+    own, a third of that variance, six blocks leave 1/300 of what tells two images apart, and it is never found.
     """
 
     def __init__(self, inputs, channels, stride):
@@ -319,6 +321,8 @@ class Bottleneck(nn.Module):
         one, half = lambda: nn.Conv2d(inputs, channels, 1, max(stride, 1)), channels // 2
         inner = [one(), nn.ReLU(), nn.Conv2d(channels, half, 3, padding=1), nn.ReLU(), nn.Conv2d(half, channels, 1)]
         self.inner, self.short = nn.Sequential(scale, *inner), nn.Sequential(scale, one())
+        for conv in (module for module in self.modules() if isinstance(module, nn.Conv2d)):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu"), nn.init.zeros_(conv.bias)
 
     def forward(self, x):
         return F.relu(self.inner(x) + self.short(x))
@@ -341,7 +345,7 @@ class Encoder(nn.Module):
         if self.images:
             channels, C = sum(obs_space[key].shape[-1] for key in self.images), args.depth
             blocks = [Bottleneck(channels if i == 0 else C, C, stride) for i, stride in enumerate((2, 1, 2, 1, 2, 1))]
-            self.image_net = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(64 * C, 500), nn.Tanh())
+            self.image_net = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(64 * C, 500), nn.LayerNorm(500), nn.Tanh())
             self.size += 500
 
     def forward(self, obs, action, reward):

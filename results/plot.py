@@ -48,8 +48,9 @@ def draw_groups(axes, curves, flags, window):
     usual = [max(column, key=column.count) for column in zip(*values, strict=True)] if len(flags) > 1 else [None]
     groups = {}
     for (_, frames, returns), own in zip(curves, values, strict=True):
-        unlike = [f"{flag}: {x}" for flag, x, y in zip(flags, own, usual, strict=True) if x != y]
-        groups.setdefault(", ".join(unlike) or "as it is", []).append((frames, smooth(returns, window)))
+        texts = [f"{flag}: {x}" for flag, x in zip(flags, own, strict=True)]
+        unlike = [text for text, x, y in zip(texts, own, usual, strict=True) if x != y]
+        groups.setdefault(", ".join(unlike or texts), []).append((frames, smooth(returns, window)))
     for label, members in groups.items():
         grid = np.linspace(0, min(frames[-1] for frames, _ in members), 200)
         lines = np.array([np.interp(grid, frames, mean) for frames, mean in members])

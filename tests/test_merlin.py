@@ -314,6 +314,21 @@ def test_latents_collapse_where_symbols_are_cheap(alpha, kl, obs, tmp_path):
     assert obs[0] <= result["losses/obs"] <= obs[1]
 
 
+def test_images_reach_the_latents():
+    """What tells two boards apart passes the encoder of a new agent undamped, and is not squashed by its tanh."""
+    game, boards = merlin.MemoryGame(4, image=True), []
+    for card in range(4):
+        game.reset(seed=0)
+        game.open = card
+        boards.append(game.observe())
+    for size in "debug", "small", "paper":
+        _, agent = made("MemoryGame-4-v0", env_kwargs='{"image": true}', size=size)
+        image = torch.as_tensor(np.stack(boards)).permute(0, 3, 1, 2) / 255
+        with torch.no_grad():
+            out = agent.encoder.image_net(image)
+        assert out.std(0).mean() > 0.1 and (out.abs() > 0.98).float().mean() < 0.1
+
+
 def test_baselines_learn_what_they_store():
     """RL-MEM: the content of rows has a gradient, over time. RL-LSTM has neither memory nor decoder."""
     envs, agent = made(agent="rl_mem")
@@ -594,7 +609,7 @@ def test_presets():
         args = merlin.resolve(merlin.Args(size=size, agent=name, device="cpu"))
         image = spaces.Dict(image=spaces.Box(0, 255, (64, 64, 3), np.uint8))
         agent = merlin.Agent(image, spaces.Discrete(5), args)
-        assert agent.encoder.image_net[-2].in_features == 64 * 8 * 8 and agent.encoder.image_net[-2].out_features == 500
+        assert agent.encoder.image_net[-3].in_features == 64 * 8 * 8 and agent.encoder.image_net[-3].out_features == 500
 
 
 def test_shape_comments(tmp_path):

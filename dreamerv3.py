@@ -565,9 +565,8 @@ class RSSM(nn.Module):
         self.post_in, self.post_norm, self.post_out = nn.Linear(D + embed_size, U), RMSNorm(U), nn.Linear(U, Z)
         self.prior_net = nn.Sequential(*mlp(D, U, 2), nn.Linear(U, Z))
         self.apply(init_weights)
-        if (
-            args.compile
-        ):  # neither the sequence, which would compile for minutes, nor products: autocast casts them once
+        # neither the sequence, which would compile for minutes, nor products, whose weights autocast casts once for all
+        if args.compile:
             self.gru, self.draw = (torch.compile(f, dynamic=False) for f in (self.gru, self.draw))
 
     def initial(self, B):

@@ -58,30 +58,48 @@ def test_observe_equals_its_steps():
             assert torch.allclose(step[key][:, 0], whole[key][:, t], rtol=1e-4, atol=1e-5), key
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_steps_equal_plain_ones():
-    """--compile changes neither statistics, nor gradients, nor latents of an update, nor the names in a checkpoint."""
-    results = []
-    for on in False, True:
-        agent, replay = experience(d3, compile=on)
-        batch = window(d3, agent, replay)
-        torch.manual_seed(5)
-        stats = agent.update(batch)
-        squares = dict(enumerate(agent.optimizer.mean_square))  # of the gradients
-        results.append({**stats, **squares, "deter": batch["deter"].float()})
-    assert results[0].keys() == results[1].keys() and len(squares) > 100
-    for key, x in results[0].items():
-        assert (x - results[1][key]).abs().max() <= 1e-3 * x.abs().max() + 1e-12, key
+def plain_loop(rssm, embed, action, is_first, state, noise):
+    """observe as one graph over all steps: h, z and logits of T calls of step, each of which sees the one before it."""
+    deter, stoch, steps = state["deter"], state["stoch"], []
+    post_weight, embed_weight = rssm.post_in.weight.split([rssm.args.deter, embed.shape[-1]], 1)
+    for t in range(is_first.shape[1]):
+        keep = 1 - is_first[:, t, None].to(embed.dtype)
+        action_hidden = rssm.action_in(rssm.clip(action[:, t] * keep))
+        embed_hidden = F.linear(embed[:, t], embed_weight, rssm.post_in.bias)
+        weights = rssm.core_hidden.weight, post_weight
+        deter, stoch, logits = rssm.step(deter, stoch, keep, action_hidden, embed_hidden, noise[:, t], *weights)
+        steps.append((deter, stoch, logits))
+    return [torch.stack(x, 1) for x in zip(*steps, strict=True)]
 
 
-def test_compile_is_of_a_call(monkeypatch, capsys):
-    """--compile without a compiler is refused in one line, and no checkpoint hands it on to a machine without one."""
-    assert not d3.merge(d3.Args(), "run", {"compile": True}, ()).compile
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(SystemExit) as stop:
-        d3.resolve(d3.Args(compile=True))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "--compile: no C++ compiler" in error and error.count("\n") == 1
+def test_gradients_through_time():
+    """What ThroughTime gives every parameter and every input is what autograd gives through the whole loop.
+
+    With resets, and with gradients into each of the three outputs, alone and together.
+    """
+    agent, _ = experience(d3)
+    rssm, args = agent.rssm, agent.args
+    torch.manual_seed(3)
+    B, T = 3, 12
+    embed = torch.randn(B, T, agent.encoder.size, requires_grad=True)
+    action = torch.randn(B, T, agent.actor.size, requires_grad=True)
+    is_first = torch.zeros(B, T, dtype=torch.bool)
+    is_first[1, 5] = is_first[2, 0] = is_first[2, -1] = True  # sequence 0 has none
+    noise = torch.rand(B, T, args.stoch, args.classes).log_().neg_()
+    state = rssm.initial(B)
+    whole = plain_loop(rssm, embed, action, is_first, state, noise)
+    fast = list(rssm.observe(embed, action, is_first, state, noise).values())
+    params = [p for name, p in rssm.named_parameters() if not name.startswith("prior_net")]
+    weights = [torch.randn_like(x) for x in whole]
+    for chosen in (0,), (1,), (2,), (0, 1, 2):
+        losses = (sum((x[i] * weights[i]).sum() for i in chosen) for x in (whole, fast))
+        options = dict(retain_graph=True, materialize_grads=True)
+        a, b = (torch.autograd.grad(loss, [*params, embed, action], **options) for loss in losses)
+        for x, y in zip(a, b, strict=True):
+            assert (x - y).abs().max() <= 1e-4 * x.abs().max()
+    last = (fast[0][0, -1] * weights[0][0, -1]).sum()
+    (reach,) = torch.autograd.grad(last, embed)  # of the last step: to all before it, of its own sequence only
+    assert reach[0, :-1].abs().amax(1).min() > 1e-4 * reach.abs().max() and not reach[1:].any()
 
 
 def test_imagination_equals_its_steps():
@@ -94,6 +112,7 @@ def test_imagination_equals_its_steps():
     fast = agent.imagine(post)
     torch.manual_seed(5)
     deter, stoch = post["deter"].flatten(0, 1), post["stoch"].flatten(0, 1)
+    noise = torch.rand(agent.args.imag_horizon, *stoch.shape).log_().neg_()
     for t in range(agent.args.imag_horizon + 1):
         feat = torch.cat([deter, stoch.flatten(1)], 1)
         mean = [d3.twohot_mean(head(feat), agent.bin_values) for head in (agent.reward, agent.slow_critic)]
@@ -101,8 +120,8 @@ def test_imagination_equals_its_steps():
         for a, b in zip(fast, (feat, action, mean[0], agent.cont(feat)[:, 0].sigmoid(), mean[1]), strict=True):
             assert b is None or torch.allclose(a[:, t], b, rtol=1e-4, atol=1e-5)
         if action is not None:
-            deter = agent.rssm.core(deter, stoch, agent.rssm.action_in(action))
-            stoch = d3.sample_onehot(d3.unimix(agent.rssm.prior(deter), agent.args.unimix))
+            deter = agent.rssm.core(deter, stoch, agent.rssm.action_in(action), agent.rssm.core_hidden.weight)
+            stoch = d3.sample_onehot(d3.unimix(agent.rssm.prior(deter), agent.args.unimix).exp(), noise[t])
     assert feat.requires_grad and not any(x.requires_grad for x in fast)
 
 
@@ -178,7 +197,7 @@ def test_samples_follow_their_distribution():
     """sample_onehot is exact: chi-square over 200,000 samples; a right sampler fails at one seed in a million."""
     torch.manual_seed(0)
     logp = d3.unimix(torch.tensor([2.0, 0.0, -1.0, -8.0]), 0.01)
-    counts = d3.sample_onehot(logp.expand(200_000, 4)).sum(0)
+    counts = d3.sample_onehot(logp.exp().expand(200_000, 4)).sum(0)
     expected = 200_000 * logp.exp()
     assert ((counts - expected) ** 2 / expected).sum() < 30.66  # 3 degrees of freedom, p = 1e-6
 

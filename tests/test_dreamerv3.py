@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: MIT
 """What only dreamerv3.py promises, beside the common suite and the parity with the official numbers."""
 
+import importlib.util
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from test_common import experience, window
 
 import dreamerv3 as d3
@@ -132,52 +136,84 @@ def reached(agent, loss):
     return {name.split(".")[0] for name, grad in zip(names, grads, strict=True) if grad is not None}
 
 
-def test_ablations_of_learning_signals():
-    """recon and reward_value: the head learns all the same, the world model below it does not; else it does."""
-    model = {"encoder", "rssm"}
-    for ablate in "none", "recon", "reward_value":
-        agent, replay = experience(d3, ablate=ablate)
-        batch = window(d3, agent, replay)
+@pytest.fixture
+def ablated(request, tmp_path):
+    """dreamerv3.py with one patch of results/ablations, as a module of its own."""
+    shutil.copy(ROOT / "dreamerv3.py", tmp_path)
+    patch = ROOT / "results" / "ablations" / f"dreamerv3_{request.param}.patch"
+    subprocess.run(["git", "apply", patch], cwd=tmp_path, check=True)
+    spec = importlib.util.spec_from_file_location(request.param, tmp_path / "dreamerv3.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[request.param] = module  # where dataclass looks for the annotations
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[request.param]
+
+
+PATCHES = ["no_recon_gradient", "no_return_norm", "no_reward_value_gradient", "no_symlog"]
+
+
+def test_every_patch_is_tested():
+    """The list of this file is that of the folder."""
+    assert sorted(path.name for path in (ROOT / "results" / "ablations").glob("dreamerv3_*")) == [
+        f"dreamerv3_{name}.patch" for name in PATCHES
+    ]
+
+
+@pytest.mark.parametrize("ablated", PATCHES, indirect=True)
+def test_ablated_file_runs(ablated, tmp_path):
+    """The patch applies, and the file trains, saves and evaluates."""
+    flags = dict(env_id="Tiny-both-discrete-v0", size="debug", device="cpu", total_timesteps=120)
+    result = ablated.train(ablated.Args(**flags, run_root=str(tmp_path)))
+    assert result["updates"] > 1 and np.isfinite(result["losses/total"])
+    agent, args = ablated.load_agent(result["run_dir"])
+    assert len(ablated.evaluate(agent, args, 1)) == 1
+
+
+@pytest.mark.parametrize("ablated", ["no_recon_gradient", "no_reward_value_gradient"], indirect=True)
+def test_ablated_learning_signals(ablated):
+    """The head learns all the same, the world model below it does not; in the whole agent it does."""
+    name, model = ablated.__name__, {"encoder", "rssm"}
+    for module in d3, ablated:
+        agent, replay = experience(module)
+        batch = window(module, agent, replay)
         losses, feat, post, _ = agent.model_losses(batch)
         repval = agent.behaviour_losses(feat, post, batch)[0]["repval"]
-        for name, loss, head in (
-            ("recon", losses["image"] + losses["vector"], "decoder"),
-            ("reward_value", losses["reward"], "reward"),
-            ("reward_value", repval, "critic"),
+        for part, loss, head in (
+            ("no_recon_gradient", losses["image"] + losses["vector"], "decoder"),
+            ("no_reward_value_gradient", losses["reward"], "reward"),
+            ("no_reward_value_gradient", repval, "critic"),
         ):
-            assert reached(agent, loss) == {head} | (model if ablate != name else set()), (ablate, name)
+            assert reached(agent, loss) == {head} | (set() if module is ablated and part == name else model)
         assert reached(agent, losses["cont"]) == model | {"cont"}
 
 
-def test_ablations_of_robustness():
-    """kl, return_norm, symlog and unimix switch off what they name, and nothing else."""
-    agents = {}
-    for ablate in "none", "kl", "return_norm", "symlog", "unimix":
-        agent, replay = experience(d3, ablate=ablate)
-        agents[ablate] = agent
-        batch = window(d3, agent, replay)
+@pytest.mark.parametrize("ablated", ["no_return_norm", "no_symlog"], indirect=True)
+def test_ablated_robustness(ablated):
+    """What is named is left out, and nothing else."""
+    name = ablated.__name__
+    for module in d3, ablated:
+        agent, replay = experience(module)
+        batch = window(module, agent, replay)
         agent.return_range.copy_(torch.tensor([-500.0, 500.0]))
-        for layer in agent.rssm.post_out, agent.rssm.prior_net[-1]:  # posterior and prior alike: no KL
-            torch.nn.init.zeros_(layer.weight)
         losses, feat, post, _ = agent.model_losses(batch)
         stats = agent.behaviour_losses(feat, post, batch)[1]
-        assert torch.allclose(losses["dyn"], torch.tensor(0.0 if ablate == "kl" else 1.0), atol=1e-5)
-        assert (stats["stats/return_scale"] == 1) == (ablate == "return_norm")
+        assert (stats["stats/return_scale"] == 1) == (module is ablated and name == "no_return_norm")
         vector, reward = batch["vector"][:, 1:], batch["reward"][:, 1:]
         recon, value = agent.decoder(feat)["vector"], agent.reward(feat)
         plain = (recon - vector).square().sum(-1), (value[..., 0] - reward).square()
         for key, expected in zip(("vector", "reward"), plain, strict=True):
-            assert torch.allclose(losses[key], expected, rtol=1e-3) == (ablate == "symlog"), key
-    flags = [
-        {key: x for key, x in vars(agent.args).items() if x != getattr(agents["none"].args, key)}
-        for agent in agents.values()
-    ]
-    assert flags[1:] == [
-        dict(ablate="kl", free_nats=0.0, rep_scale=1.0),
-        dict(ablate="return_norm"),
-        dict(ablate="symlog", bins=1),
-        dict(ablate="unimix", unimix=0.0, actor_unimix=0.0),
-    ]
+            assert torch.allclose(losses[key], expected, rtol=1e-3) == (module is ablated and name == "no_symlog"), key
+
+
+@pytest.mark.parametrize("flags,left", [(dict(free_nats=0.0, rep_scale=1.0), 0.0), ({}, 1.0)])
+def test_kl_without_free_nats(flags, left):
+    """The ablation of the KL is flags: where posterior and prior are alike, nothing is left of it."""
+    agent, replay = experience(d3, **flags)
+    for layer in agent.rssm.post_out, agent.rssm.prior_net[-1]:
+        torch.nn.init.zeros_(layer.weight)
+    losses = agent.model_losses(window(d3, agent, replay))[0]
+    assert torch.allclose(losses["dyn"], torch.tensor(left), atol=1e-5)
 
 
 def test_upsample_conv():

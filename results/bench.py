@@ -92,7 +92,7 @@ def compiled(agent):
         setattr(agent.rssm, name, torch.compile(getattr(agent.rssm, name), dynamic=False))
 
 
-def profiled(work, wait, cuda, calls=3):
+def profiled(work, wait, cuda, calls):
     """Where the time of work() goes -> {column: number per call}, and "table": text, the 25 kernels that take most.
 
     On a CPU operators stand for kernels. The tracer slows the host down: gaps are those between the kernels' time here
@@ -169,7 +169,8 @@ def measure(
     agent = module.Agent(obs_space, action_space, args)
     if compile:
         compiled(agent)
-    wait = torch.cuda.synchronize if agent.device.type == "cuda" else lambda: None
+    cuda = agent.device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
     N = act or 4
     latents = getattr(agent, "latents", lambda state: {})  # what the replay keeps of a state, if anything
     extras = [{key: (x.shape[1:], x.dtype) for key, x in latents(agent.initial(N)).items()}] if stateful else []
@@ -205,14 +206,14 @@ def measure(
     work()
     wait()
     first = time.time() - began
-    for _ in range(4 if agent.device.type == "cuda" else 1):
+    for _ in range(4 if cuda else 1):
         work()
     ms, core = timed(work, wait, budget)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if agent.device.type == "cuda":
+    if cuda:
         memory = torch.cuda.max_memory_reserved()
     result = {"median ms": ms, "core s": core, "peak GB": memory / 1e9, "first update s": first}
-    return {**result, **profiled(work, wait, agent.device.type == "cuda")} if profile else result
+    return {**result, **profiled(work, wait, cuda, 3 if cuda else 1)} if profile else result
 
 
 def main():

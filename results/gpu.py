@@ -10,8 +10,8 @@
 A stage is a process with a limit of its own, and so is each of its parts. What it finds is in DIR at once, so that a
 failure, a hang or the end of the lease loses nothing that was known before: gpu.jsonl (all records), log.txt,
 profile.txt, curve.csv, curve.png, open_loop.gif, dream.gif, weights.pt (16 MiB at most, for dreamerv3.load_agent).
-Time that a stage leaves goes to those after it. --resume takes over the records of an earlier DIR, so that --only learn
-knows what works and how fast it is, and goes on with that DIR's runs where their folders still exist.
+Time that a stage leaves goes to those after it. --resume takes over what worked in an earlier DIR, so that --only learn
+knows what works and how fast it is; what is recorded there is not done again, and runs whose folders exist go on.
 --device cpu: everything at debug size in two minutes, to see that this script works.
 """
 
@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import metadata
@@ -35,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SHARES = {  # of the time; on a CPU starting a process is what takes long
     "cuda": dict(machine=0.06, smoke=0.17, tests=0.19, speed=0.27, learn=0.31),
-    "cpu": dict(machine=0.08, smoke=0.32, tests=0.12, speed=0.18, learn=0.30),
+    "cpu": dict(machine=0.06, smoke=0.40, tests=0.08, speed=0.14, learn=0.32),
 }
 PACKAGES = "torch triton numpy gymnasium ale-py dm_control mujoco tyro tensorboard matplotlib pytest pillow".split()
 VECTOR = [24]
@@ -59,33 +60,30 @@ def kill(pid):
                 end(member, signal.SIGKILL)
 
 
-def start(command, log, **env):
-    """Start a command of Python's in a session of its own, output into the file log. -> the process."""
-    command = [sys.executable, *map(str, command)]
+def start(command, file, **env):
+    """Start a command of Python's in a session of its own, its output into an open file. -> the process."""
     env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ, **env}
-    with open(log, "ab") as file:
-        streams = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
-        return subprocess.Popen(command, **streams, env=env, cwd=ROOT, start_new_session=True)
+    streams = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=env)
+    return subprocess.Popen([sys.executable, *map(str, command)], **streams, cwd=ROOT, start_new_session=True)
 
 
-def run(command, until, log=None, **env):
+def run(command, until, **env):
     """Run a command to its end, or to the time until. -> exit code (None: ended at its limit), seconds, its output."""
-    began, handle = time.time(), None
-    if log is None:
-        handle, log = tempfile.mkstemp()
-        os.close(handle)
-    process = start(command, log, **env)
+    with tempfile.TemporaryFile("w+", errors="replace") as file:  # a pipe would be kept open by what it leaves behind
+        began, process = time.time(), start(command, file, **env)
+        code = finish(process, until)
+        file.seek(0)
+        return code, round(time.time() - began, 1), file.read()
+
+
+def finish(process, until):
+    """-> exit code, or None where the process had to be ended. Nothing that it started lives on."""
     try:
-        code = process.wait(max(0.1, until - time.time()))
+        return process.wait(max(0.1, until - time.time()))
     except subprocess.TimeoutExpired:
-        code = None
+        return None
     finally:  # an interrupt, too
         kill(process.pid)
-        process.wait()
-    text = Path(log).read_text(errors="replace")
-    if handle is not None:
-        os.unlink(log)
-    return code, round(time.time() - began, 1), text
 
 
 def tail(code, text, lines=30):
@@ -95,13 +93,14 @@ def tail(code, text, lines=30):
 
 def note(args, stage, **record):
     """Append a record; one write, so that processes do not mix."""
-    line = json.dumps({"stage": stage, "time": round(time.time(), 1), **record}, default=str)
+    line = json.dumps({"stage": stage, "time": round(time.time()), **record}, default=str)
     with open(args.out / "gpu.jsonl", "a") as file:
         file.write(line + "\n")
     print(line[:300], flush=True)
 
 
 def records(args, stage):
+    """What the stage has noted so far."""
     path = args.out / "gpu.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [record for record in map(json.loads, lines) if record["stage"] == stage]
@@ -157,20 +156,17 @@ def machine(args):
 
 # --- smoke ------------------------------------------------------------------------------------------------------------
 
-FORMS = {  # in the order in which they are tried; the last only if the one before it fails
-    "eager": dict(bf16=False, cuda_graph=False),
-    "bf16": dict(bf16=True, cuda_graph=False),
-    "graph": dict(bf16=True, cuda_graph=True),
-    "graph, float32": dict(bf16=False, cuda_graph=True),
-}
+# in the order in which they are tried; the last only if the one before it fails
+FORMS = {"eager": dict(bf16=False, cuda_graph=False), "bf16": dict(bf16=True, cuda_graph=False)}
+FORMS |= {"graph": dict(bf16=True, cuda_graph=True), "graph, float32": dict(bf16=False, cuda_graph=True)}
 BEST = ["graph", "graph, float32", "bf16", "eager"]
 TOY = "--size debug --total-timesteps 120 --checkpoint-every 120 --log-every 1e9 --env-id envs:Tiny-both-"
 SMOKE = {
     "dreamerv3": TOY + "discrete-v0 --learning-starts 20",
     "dreamerv2": TOY + "discrete-v0 --prefill 20",
-    "planet": TOY + "box-v0 --seed-episodes 1",
-    "merlin": "--size debug --total-timesteps 1000",
-    "gumbel_softmax": "--size debug --total-steps 50",
+    "planet": TOY + "box-v0 --seed-episodes 1 --collect-interval 2",
+    "merlin": "--size debug --total-timesteps 600",
+    "gumbel_softmax": "--size debug --total-steps 20",
 }
 PONG = ["--env-id", "ALE/Pong-v5", "--env-kwargs", '{"max_num_frames_per_episode": 400}']  # episodes of 100 steps
 
@@ -189,7 +185,7 @@ def best(args, file):
 
 def smoke(args):
     def attempt(file, form, flags, root):
-        until = min(args.until - 1, time.time() + (60 if args.device == "cuda" else 30))
+        until = min(args.until - 1, time.time() + (60 if cuda else 25))
         command = [f"{file}.py", *flags, "--device", args.device, "--run-root", root]
         code, seconds, text = run(command, until, PYTHONPATH=f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}")
         error = "" if code == 0 else tail(code, text)
@@ -198,18 +194,20 @@ def smoke(args):
 
     def go(file):
         with tempfile.TemporaryDirectory() as root:
-            flags = SMOKE[file].split()
-            works = [attempt(file, x, flags + switches(file, x), root) for x in list(FORMS)[: 3 if cuda else 1]]
-            if not works[-1] and cuda:
-                attempt(file, "graph, float32", flags + switches(file, "graph, float32"), root)
-            if file == "dreamerv3":
-                flags, root = PONG + "--size debug --total-timesteps 300".split(), Path(root, "pong")
-                if attempt(file, "Pong", flags + switches(file, best(args, file)), root):
-                    attempt(file, "Pong, evaluated", ["--eval", *root.glob("*"), "--eval-episodes", "2"], root)
+            if file == "Pong":
+                flags = [*PONG, "--size", "debug", "--total-timesteps", "300"]
+                if attempt("dreamerv3", "Pong", flags, root):
+                    played = ["--eval", *Path(root).glob("*"), "--eval-episodes", 2]
+                    attempt("dreamerv3", "Pong, evaluated", played, root)
+                return
+            for form in list(FORMS)[: 3 if cuda else 1]:
+                works = attempt(file, form, SMOKE[file].split() + switches(file, form), root)
+            if not works and cuda:
+                attempt(file, "graph, float32", SMOKE[file].split() + switches(file, "graph, float32"), root)
 
     cuda = args.device == "cuda"
-    with ThreadPoolExecutor(len(SMOKE) if cuda else 2) as pool:
-        list(pool.map(go, SMOKE))
+    with ThreadPoolExecutor(6 if cuda else 2) as pool:
+        list(pool.map(go, [*SMOKE, "Pong"]))
 
 
 # --- tests ------------------------------------------------------------------------------------------------------------
@@ -221,7 +219,7 @@ class Report:
     def __init__(self, args):
         self.args, (self.part, self.parts) = args, map(int, args.part.split("/"))
 
-    def pytest_collection_finish(self, session):  # others have taken away what the marker does not select
+    def pytest_collection_finish(self, session):  # after the marker's selection
         done = {record["test"] for record in records(self.args, "tests")}
         mine = session.items[self.part :: self.parts]
         session.items[:] = [item for item in mine if item.nodeid not in done]
@@ -291,8 +289,8 @@ CASES = {  # of bench.py; what matters most comes first. copies: so many process
 }
 CPU_CASES = {
     "update debug": dict(size="debug", shape=VECTOR),
-    "update debug, kernels": dict(size="debug", shape=VECTOR, profile=True),
     "update debug, 2 side by side": dict(size="debug", shape=VECTOR, copies=2),
+    "update debug, kernels": dict(size="debug", shape=VECTOR, profile=True),
 }
 
 
@@ -337,8 +335,7 @@ PLANS = {
     "update 1m, 16x32": dict(size="1m", learning_rate=3e-4, batch_length=32),
 }
 SWINGUP = dict(env_id="dm_control/cartpole-swingup-v0", size="12m", num_envs=4, total_timesteps=STEPS)  # the paper's
-PUBLISHED = {"ALE/Pong-v5": "atari100k,dreamerv3,atari_pong"}
-PUBLISHED["dm_control/cartpole-swingup-v0"] = "dmc_proprio,dreamerv3,dmc_cartpole_swingup"
+PUBLISHED = {"pong": "atari100k,dreamerv3,atari_pong", "swingup": "dmc_proprio,dreamerv3,dmc_cartpole_swingup"}
 
 
 def measured(args, name, default=None):
@@ -401,12 +398,11 @@ def draw(args, folders):
         _, frames, _, returns = zip(*curve, strict=True)
         axes.plot(frames, returns, ".", alpha=0.3, markersize=3)
         axes.plot(frames, smooth(plt.np.array(returns), 20), color="C0", label=f"{name}, mean of 20 episodes")
-        key = PUBLISHED["dm_control/cartpole-swingup-v0" if name == "swingup" else "ALE/Pong-v5"].split(",")
-        known = [[float(x) for x in row[3:7]] for row in published if row[:3] == key]
-        steps, mean, least, most = zip(*known, strict=True)
+        key = PUBLISHED[name.strip("2")].split(",")
+        steps, mean, least, most = zip(*[map(float, row[3:7]) for row in published if row[:3] == key], strict=True)
         axes.plot(steps, mean, "k--", label="published, mean and range over seeds")
         axes.fill_between(steps, least, most, color="k", alpha=0.1, linewidth=0)
-        axes.set(xlabel="frames", ylabel="return", xlim=(0, max(1.2 * frames[-1], min(steps))))
+        axes.set(xlabel="frames", ylabel="return", xlim=(0, max(400_000, frames[-1])))
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
     figure.tight_layout()
@@ -417,7 +413,6 @@ def draw(args, folders):
     saved, mine = first / "checkpoint.pt", args.out / "weights.pt"
     if saved.exists() and (not mine.exists() or saved.stat().st_mtime > mine.stat().st_mtime):
         shrink(saved, mine)
-    return {name: curve[-1][0] for name, curve in curves.items()}
 
 
 def shrink(saved, path, most=16 * 2**20):
@@ -440,40 +435,62 @@ def shrink(saved, path, most=16 * 2**20):
 
 
 def learn(args):
-    cuda = args.device == "cuda"
-    stop = args.until - (50 if cuda else 14)  # what follows the runs needs this long
+    cuda, left = args.device == "cuda", args.until - time.time()
+    score = left > 240 or not cuda  # else what an evaluation costs is better spent on learning
+    stop = args.until - (45 if cuda and score else 25 if cuda else 16)
     queue, width = jobs(args, stop - time.time())
+    forms = BEST[BEST.index(best(args, "dreamerv3")) :]  # if a run breaks, it begins again in the next one
+    queue = [(name, flags, forms) for name, flags in queue.items()]
     old = {record["job"]: record["folder"] for record in records(args, "learn") if "folder" in record}
     base, running, folders, drawn = ROOT / "runs" / f"gpu-{int(time.time())}", {}, {}, time.time()
-    while (queue or running) and time.time() < stop:
-        while queue and len(running) < width and stop - time.time() > (45 if folders else 0):
-            name = next(iter(queue))
-            flags, folder = queue.pop(name), base / name
+    while time.time() < stop:
+        if queue and len(running) < width and (not folders or stop - time.time() > 45):
+            name, flags, forms = queue.pop(0)
+            folders[name] = base / f"{name}-{len(forms)}"
             command = [x for key, value in flags.items() for x in (f"--{key.replace('_', '-')}", value)]
-            command += ["--run-root", folder, *switches("dreamerv3", best(args, "dreamerv3"))]
+            command += ["--run-root", folders[name], *switches("dreamerv3", forms[0])]
             if args.resume and (newest(old.get(name)) / "checkpoint.pt").exists():
-                folder = Path(old[name])
-                command = ["--resume", newest(folder)]
-            note(args, "learn", job=name, folder=folder, command=" ".join(map(str, command)))
-            folders[name] = folder
-            running[name] = start(["dreamerv3.py", *command, "--device", args.device], args.out / "log.txt")
+                folders[name] = Path(old.pop(name))
+                command = ["--resume", newest(folders[name])]
+            note(args, "learn", job=name, folder=folders[name], command=" ".join(map(str, command)))
+            with open(args.out / "log.txt", "a") as log:
+                process = start(["dreamerv3.py", *command, "--device", args.device], log)
+            running[name] = process, flags, forms
+        for name, (process, flags, forms) in list(running.items()):
+            if process.poll() is not None:
+                note(args, "learn", job=name, code=process.returncode, what="see log.txt" if process.returncode else "")
+                del running[name]
+                if process.returncode and forms[1:]:
+                    queue.insert(0, (name, flags, forms[1:]))
+        if not running and (not queue or stop - time.time() < 45):
+            break
         time.sleep(1)
-        for name in [name for name, process in running.items() if process.poll() is not None]:
-            note(args, "learn", job=name, code=running.pop(name).returncode)
-        queue = queue if running or time.time() < stop - 45 else {}
         if time.time() - drawn > (15 if cuda else 5):
             drawn = time.time()
-            with suppress(Exception):  # the next time, or the last, shows what is wrong
-                print("steps", draw(args, folders), flush=True)
-    for process in running.values():
+            safely(draw, args, folders)
+    for process, *_ in running.values():
         kill(process.pid)
-    note(args, "learn", steps=draw(args, folders), cut=list(running))
+    safely(draw, args, folders)
+    note(args, "learn", ended=[name for name in folders if name not in running], cut=list(running))
     run_dir = newest(folders["pong"])
-    for command in (["--dream", run_dir], ["--eval", run_dir, "--eval-episodes", 4 if cuda else 1]):
+
+    def after(command):
         code, seconds, text = run(["dreamerv3.py", *command, "--device", args.device], args.until - 1)
         note(args, "learn", after=command[0], code=code, seconds=seconds, output=tail(code, text, 8))
         with suppress(OSError):
             shutil.copy(run_dir / "dream.gif", args.out)
+
+    with ThreadPoolExecutor(2) as pool:
+        played = ["--eval", run_dir, "--eval-episodes", 4 if cuda else 1]
+        list(pool.map(after, [["--dream", run_dir], played][: 1 + score]))
+
+
+def safely(work, *inputs):
+    """Nothing that only shows results may end a run."""
+    try:
+        work(*inputs)
+    except Exception:
+        traceback.print_exc()
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
@@ -498,14 +515,19 @@ def main():
     end = time.time() + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
     if args.resume and args.resume.resolve() != args.out:
-        shutil.copy(args.resume / "gpu.jsonl", args.out)
+        for record in map(json.loads, (args.resume / "gpu.jsonl").read_text().splitlines()):
+            if record.get("ok", True) and record.get("outcome", "passed") == "passed" and not record.get("error"):
+                note(args, **record)
     chosen, shares = [name for name in STAGES if name in args.only], SHARES[args.device]
     for i, name in enumerate(chosen):
-        left = end - time.time()
+        before, left = len(records(args, name)), end - time.time()
         until = time.time() + left * shares[name] / sum(shares[x] for x in chosen[i:])
         command = [__file__, *sys.argv[1:], "--stage", name, "--until", until]
-        code, seconds, _ = run(command, until + 1, args.out / "log.txt")
-        note(args, "stage", name=name, seconds=seconds, code=code, what="ended at its limit" if code is None else "")
+        with open(args.out / "log.txt", "a") as log:
+            code = finish(start(command, log), until + 1)
+        for record in records(args, name)[before:]:
+            print(json.dumps(record)[:300])
+        note(args, "stage", name=name, seconds=round(time.time() - end + left), code=code, what="ended at its limit" if code is None else "")
     print(f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
 
 

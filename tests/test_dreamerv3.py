@@ -11,9 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from torch._inductor.utils import run_and_get_code
 from test_common import experience, window
 
 import dreamerv3 as d3
+
+sys.path.append(str(ROOT / "results"))
+import kernels  # noqa: E402
 
 
 def test_slow_critic_keeps_no_graph():
@@ -104,6 +108,40 @@ def test_gradients_through_time():
     last = (fast[0][0, -1] * weights[0][0, -1]).sum()
     (reach,) = torch.autograd.grad(last, embed)  # of the last step: to all before it, of its own sequence only
     assert reach[0, :-1].abs().amax(1).min() > 1e-4 * reach.abs().max() and not reach[1:].any()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_steps_equal_plain_ones():
+    """kernels.compiled changes neither statistics, nor gradients, nor latents of an update; and it is really used."""
+    results = []
+    for on in False, True:
+        agent, replay = experience(d3)
+        batch = window(d3, agent, replay)
+        torch.manual_seed(5)
+        update = lambda: agent.update(batch)
+        if on:
+            kernels.compiled(agent)
+            stats, codes = run_and_get_code(update)
+            assert len(codes) == 6  # the step forward and backward, four parts of an imagined step
+        else:
+            stats = update()
+        squares = dict(enumerate(agent.optimizer.mean_square))  # of the gradients
+        results.append({**stats, **squares, "deter": batch["deter"].float()})
+    assert results[0].keys() == results[1].keys() and len(squares) > 100
+    for key, x in results[0].items():
+        assert (x - results[1][key]).abs().max() <= 1e-3 * x.abs().max() + 1e-12, key
+
+
+def test_operations_of_an_update():
+    """Launches are what an update costs on a GPU. The loops hold what is counted here, and no gradient of a weight."""
+    counts = kernels.count(*kernels.case())
+    loops = {kernels.FILTER: 57, kernels.BACK: 82, kernels.DREAM: 91}  # per step
+    steps = {kernels.FILTER: 64, kernels.BACK: 64, kernels.DREAM: 15}
+    for part, number in loops.items():
+        assert counts[part].total() == number * steps[part], part
+    products = counts[kernels.BACK]["mm"] + counts[kernels.BACK]["bmm"]
+    assert products == 7 * 64  # one for each product of a step, where gradients of weights would make it two
+    assert sum(names.total() for names in counts.values()) < 12_300
 
 
 def test_imagination_equals_its_steps():

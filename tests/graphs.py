@@ -43,7 +43,8 @@ class Graph(TorchDispatchMode):
                         self.before[storage._cdata] = storage, storage.clone()
         out = func(*args, **kwargs)
         given = {x.untyped_storage()._cdata for x in tensors((args, kwargs))}
-        self.own.update((x.untyped_storage()._cdata, x) for x in tensors(out) if x.untyped_storage()._cdata not in given)
+        own = {x.untyped_storage()._cdata: x for x in tensors(out)}
+        self.own |= {key: x for key, x in own.items() if key not in given}
         self.operations.append((func, args, kwargs, out))
         return out
 
@@ -69,7 +70,7 @@ def capture(graph, stream=None, capture_error_mode="global"):
 
 
 def install(monkeypatch, *modules):
-    """From here on Captured of these modules captures, on the CPU."""
+    """From here on Captured of these modules captures on the CPU, unless --no-cuda-graph is given."""
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
     fakes = dict(Stream=lambda: stream, current_stream=lambda: stream, stream=contextlib.nullcontext)
     fakes |= dict(CUDAGraph=Graph, graph=capture, manual_seed=torch.manual_seed)
@@ -78,5 +79,6 @@ def install(monkeypatch, *modules):
     adam = importlib.import_module("torch.optim.adam")  # torch.optim deletes the name
     monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda **_: ["cpu"])
     for module in modules:
-        on = lambda self, fn, on, real=module.Captured.__init__: real(self, fn, True)
-        monkeypatch.setattr(module.Captured, "__init__", on)
+        real, flags = module.Captured.__init__, lambda fn: getattr(fn, "func", fn).__self__.args
+        init = lambda self, fn, on, real=real, flags=flags: real(self, fn, flags(fn).cuda_graph)
+        monkeypatch.setattr(module.Captured, "__init__", init)

@@ -670,7 +670,7 @@ class Captured:
             return self.fn(inputs)
         key = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
         self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= 3:  # on a side stream, as capture demands
+        if self.calls[key] <= 3:  # on the stream of the capture, where cuBLAS takes its workspace only once
             main = torch.cuda.current_stream()
             self.side.wait_stream(main)
             with torch.cuda.stream(self.side):
@@ -679,7 +679,7 @@ class Captured:
             return result
         if key not in self.graphs:
             static, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):  # others may render
                 result = self.fn(static)
             self.graphs[key] = static, graph, result
         static, graph, result = self.graphs[key]
@@ -770,8 +770,8 @@ class Agent(nn.Module):
             vector = self.onehot(draw.argmax(-1)) if self.actor.discrete else 2 * draw - 1
             state = {**self.rssm.initial(N), "action": vector}
         else:
-            inputs = {key: torch.as_tensor(obs[key], device=self.device) for key in self.decoder.shapes}
-            inputs["is_first"] = torch.as_tensor(is_first, device=self.device)
+            put = lambda x: torch.as_tensor(x).to(self.device, non_blocking=True)  # the one wait is that for the action
+            inputs = {key: put(obs[key]) for key in self.decoder.shapes} | {"is_first": put(is_first)}
             state = {key: x.clone() for key, x in self.captured_act[eval]({**inputs, **state}).items()}
         vector = state["action"]  # (N, A)
         action = vector.argmax(-1) if self.actor.discrete else vector.view(-1, *self.action_space.shape)
@@ -977,7 +977,7 @@ class Replay:
     def add(self, row):
         """row: {key: (num_envs, ...)}, arrays or tensors."""
         for key, ring in self.data.items():
-            ring[self.rows % self.length] = torch.as_tensor(row[key]).to(self.device)
+            ring[self.rows % self.length].copy_(torch.as_tensor(row[key]), non_blocking=ring.is_cuda)
         self.rows += 1
         for starts, is_first in zip(self.starts, row["is_first"], strict=True):
             if is_first:
@@ -1009,7 +1009,7 @@ class Replay:
         start = low + (torch.rand(B, dtype=torch.float64) * places).long()  # (B)
         start = torch.minimum(start, high).clamp(max=self.rows - T)  # (B)
         index = (start[:, None] + torch.arange(T)) % self.length * self.num_envs + env[:, None]  # (B, T)
-        index = index.to(self.device)  # (B, T)
+        index = index.to(self.device, non_blocking=True)  # (B, T)
         batch = {key: ring.flatten(0, 1)[index] for key, ring in self.data.items()}
         batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
         return {**batch, "index": index}

@@ -731,7 +731,7 @@ class Captured:
             return self.fn(inputs)
         key = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
         self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= 3:  # on a side stream, as capture demands
+        if self.calls[key] <= 3:  # on the stream of the capture, where cuBLAS takes its workspace only once
             main = torch.cuda.current_stream()
             self.side.wait_stream(main)
             with torch.cuda.stream(self.side):
@@ -740,7 +740,7 @@ class Captured:
             return result
         if key not in self.graphs:
             static, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):  # others may render
                 result = self.fn(static)
             self.graphs[key] = static, graph, result
         static, graph, result = self.graphs[key]
@@ -815,8 +815,8 @@ class Agent(nn.Module):
 
         -> actions for the vector environment (int64 (N,) or float32 (N, ...)), new state. eval: most likely action.
         """
-        inputs = {key: torch.as_tensor(obs[key], device=self.device) for key in self.decoder.shapes}
-        inputs["is_first"] = torch.as_tensor(is_first, device=self.device)
+        put = lambda x: torch.as_tensor(x).to(self.device, non_blocking=True)  # the one wait is that for the action
+        inputs = {key: put(obs[key]) for key in self.decoder.shapes} | {"is_first": put(is_first)}
         state = {key: x.clone() for key, x in self.captured_act[eval]({**inputs, **state}).items()}
         vector = state["action"]  # (N, A)
         action = vector.argmax(-1) if self.actor.discrete else vector.view(-1, *self.action_space.shape)
@@ -1022,7 +1022,7 @@ class Replay:
     def add(self, row):
         """row: {key: (num_envs, ...)}, arrays or tensors."""
         for key, ring in self.data.items():
-            ring[self.rows % self.length] = torch.as_tensor(row[key]).to(self.device)
+            ring[self.rows % self.length].copy_(torch.as_tensor(row[key]), non_blocking=ring.is_cuda)
         self.rows += 1
 
     def sample(self, B, T, online=True):
@@ -1035,19 +1035,21 @@ class Replay:
                 break
             start[b], env[b] = self.online // N * T, self.online % N
             self.online += 1
-        index = ((start[:, None] + torch.arange(T)) % self.length * N + env[:, None]).to(self.device)  # (B, T)
+        index = (start[:, None] + torch.arange(T)) % self.length * N + env[:, None]
+        index = index.to(self.device, non_blocking=True)  # (B, T)
         batch = {key: ring.flatten(0, 1)[index] for key, ring in self.data.items()}
         batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
         return {**batch, "index": index}
 
     def write(self, batch, context):
-        """Put the extras of a batch back, without its context rows. One window at a time: where windows overlap the
-        last one wins, always, so that a run can be repeated bit by bit.
+        """Put the extras of a batch back, without its context rows. Where windows overlap the last one wins, always, so
+        that a run can be repeated bit by bit: all that is written to a row is the same.
         """
-        index = batch["index"][:, context:].to(self.device)
+        index = batch["index"][:, context:].flatten().to(self.device)  # (B*T)
+        last = ((index == index[:, None]) * torch.arange(len(index), device=self.device)).amax(1)  # (B*T)
         for key in self.extras:
-            for place, values in zip(index, batch[key][:, context:].to(self.device), strict=True):
-                self.data[key].flatten(0, 1)[place] = values
+            values = batch[key][:, context:].flatten(0, 1).to(self.device)  # (B*T, ...)
+            self.data[key].flatten(0, 1)[index] = values[last]
 
     def state_dict(self):
         return {"rows": self.rows, "online": self.online, "files": self.files}

@@ -550,7 +550,7 @@ class Agent(nn.Module):
             kind, self.options = torch.optim.Adam, dict(fused=True, capturable=self.device.type == "cuda")
         momentum = dict(momentum=0.9) if args.optimizer == "sgd" else {}
         self.optimizer = kind(self.parameters(), args.learning_rate, **self.options, **momentum)
-        self.warm, self.graph = 0, None
+        self.warm, self.graph, self.side = 0, None, torch.cuda.Stream() if self.device.type == "cuda" else None
 
     def logits(self, flat):
         """(..., 200) -> (..., S, K)"""
@@ -624,16 +624,16 @@ class Agent(nn.Module):
         if self.device.type != "cuda" or not self.args.cuda_graph:
             return self.step(images)
         self.warm += 1
-        if self.warm <= 3:  # on a side stream, as capture demands
-            side, main = torch.cuda.Stream(), torch.cuda.current_stream()
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
+        if self.warm <= 3:  # on the stream of the capture, where cuBLAS takes its workspace only once
+            main = torch.cuda.current_stream()
+            self.side.wait_stream(main)
+            with torch.cuda.stream(self.side):
                 stats = self.step(images)
-            main.wait_stream(side)
+            main.wait_stream(self.side)
             return stats
         if self.graph is None:
             self.static_images, self.graph = images.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=self.side, capture_error_mode="thread_local"):
                 self.static_stats = self.step(self.static_images)
         self.static_images.copy_(images)
         self.graph.replay()

@@ -448,7 +448,7 @@ class Captured:
             return self.fn(inputs)
         key = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
         self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= 3:  # on a side stream, as capture demands
+        if self.calls[key] <= 3:  # on the stream of the capture, where cuBLAS takes its workspace only once
             main = torch.cuda.current_stream()
             self.side.wait_stream(main)
             with torch.cuda.stream(self.side):
@@ -457,7 +457,7 @@ class Captured:
             return result
         if key not in self.graphs:
             static, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):  # others may render
                 result = self.fn(static)
             self.graphs[key] = static, graph, result
         static, graph, result = self.graphs[key]
@@ -605,9 +605,9 @@ class Agent(nn.Module):
         """obs: {key: (N, ...)} arrays or tensors, with "reward" (N,); is_first: (N,); state: of initial, or of the last
         act. -> actions (int64 (N,)), new state. eval: most likely action. self.seen: what the step has computed.
         """
-        inputs = {key: torch.as_tensor(obs[key], device=self.device) for key in (*self.decoder.shapes, "reward")}
-        inputs["is_first"] = torch.as_tensor(is_first, device=self.device)
-        inputs["greedy"] = torch.full((), eval, device=self.device)
+        put = lambda x: torch.as_tensor(x).to(self.device, non_blocking=True)  # the one wait is that for the action
+        inputs = {key: put(obs[key]) for key in (*self.decoder.shapes, "reward")}
+        inputs |= {"is_first": put(is_first), "greedy": torch.full((), eval, device=self.device)}
         self.seen = self.captured_act({**inputs, **{f"state/{key}": x for key, x in state.items()}})
         state = {key: self.seen[f"state/{key}"].clone() for key in state}
         return state["action"].argmax(-1).cpu().numpy(), state

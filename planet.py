@@ -510,7 +510,7 @@ class Captured:
             return self.fn(inputs)
         key = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
         self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= 3:  # on a side stream, as capture demands
+        if self.calls[key] <= 3:  # on the stream of the capture, where cuBLAS takes its workspace only once
             main = torch.cuda.current_stream()
             self.side.wait_stream(main)
             with torch.cuda.stream(self.side):
@@ -519,7 +519,7 @@ class Captured:
             return result
         if key not in self.graphs:
             static, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):  # others may render
                 result = self.fn(static)
             self.graphs[key] = static, graph, result
         static, graph, result = self.graphs[key]
@@ -585,8 +585,8 @@ class Agent(nn.Module):
         -> actions for the vector environment (int64 (N,) or float32 (N, ...)), new state. eval: without noise; random:
         uniform actions, which the state remembers like any other.
         """
-        obs = {key: torch.as_tensor(obs[key], device=self.device)[:, None] for key in self.decoder.shapes}
-        is_first = torch.as_tensor(is_first, device=self.device)[:, None]  # (N, 1)
+        put = lambda x: torch.as_tensor(x).to(self.device, non_blocking=True)  # the one wait is that for the action
+        obs, is_first = {key: put(obs[key])[:, None] for key in self.decoder.shapes}, put(is_first)[:, None]
         with self.autocast():
             embed = self.encoder(self.encoder.preprocess(obs))
             post = self.rssm.observe(embed, state["action"][:, None], is_first, state)
@@ -772,7 +772,7 @@ class Replay:
     def add(self, row):
         """row: {key: (num_envs, ...)}, arrays or tensors."""
         for key, ring in self.data.items():
-            ring[self.rows % self.length] = torch.as_tensor(row[key]).to(self.device)
+            ring[self.rows % self.length].copy_(torch.as_tensor(row[key]), non_blocking=ring.is_cuda)
         self.rows += 1
         for starts, is_first in zip(self.starts, row["is_first"], strict=True):
             if is_first:
@@ -801,7 +801,7 @@ class Replay:
         env, low, high = spans[torch.randint(len(spans), (B,))].T  # (B)
         start = low + (torch.rand(B, dtype=torch.float64) * (high - low + 1)).long()  # (B)
         index = (start[:, None] + torch.arange(T)) % self.length * self.num_envs + env[:, None]  # (B, T)
-        index = index.to(self.device)  # (B, T)
+        index = index.to(self.device, non_blocking=True)  # (B, T)
         batch = {key: ring.flatten(0, 1)[index] for key, ring in self.data.items()}
         batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
         return {**batch, "index": index}

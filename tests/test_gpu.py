@@ -1,15 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""What needs a GPU: pytest -m gpu. Captured update against eager update, a whole run, a replay that does not fit."""
+"""What needs a GPU: pytest -m gpu. Captured update against eager update, a whole run, a replay that does not fit.
+
+TEST_DEVICE=cpu pytest -m gpu tests/test_gpu.py is a dry run, with the stand-in of graphs.py.
+"""
 
 import importlib
+import os
 
+import graphs
 import numpy as np
 import pytest
 import test_merlin
 import torch
-from test_common import AGENTS, experience, known, short, window
+from test_common import AGENTS, experience, known, short, uniform, window
 
 pytestmark = pytest.mark.gpu
+DEVICE = os.environ.get("TEST_DEVICE", "cuda")
+
+
+@pytest.fixture(autouse=DEVICE == "cpu")
+def dry(monkeypatch):
+    graphs.install(monkeypatch, *map(importlib.import_module, AGENTS))  # not merlin: Adam's counters lie on the CPU
 
 
 @pytest.fixture(params=AGENTS)
@@ -18,24 +29,23 @@ def module(request):
 
 
 def updated(module, updates=8, **flags):
-    """-> statistics of every update, and the weights after them, of an agent on the GPU."""
+    """-> statistics of every update, and how weights changed, of an agent on the GPU. Each batch is another one."""
     _, replay = experience(module)  # on the CPU, so that all variants see the same rows
-    flags = known(module, dict(env_id="Tiny-both-discrete-v0", size="debug", device="cuda", warmup=1, **flags))
+    flags = known(module, dict(env_id="Tiny-both-discrete-v0", size="debug", device=DEVICE, warmup=1, **flags))
     args = module.resolve(module.Args(**flags))
     envs = module.make_envs(args.env_id, 1, 0, args)
     torch.manual_seed(0)
     agent = module.Agent(envs.single_observation_space, envs.single_action_space, args)
-    batch = window(module, agent, replay)
-    torch.cuda.manual_seed(0)
-    history = []
-    for _ in range(updates):
+    batches = [uniform(replay, 4, args.batch_length + module.Agent.context) for _ in range(updates)]
+    before, history = [p.detach().clone() for p in agent.params], []
+    torch.manual_seed(0)
+    for batch in batches:
         stats = agent.update({key: x.to(agent.device) for key, x in batch.items()})
         history.append({key: float(x) for key, x in stats.items()})
-    return history, [p.detach().clone() for p in agent.params]
+    return history, torch.cat([(p.detach() - q).flatten() for p, q in zip(agent.params, before, strict=True)])
 
 
 VARIANTS = [(name, {}) for name in AGENTS]
-VARIANTS += [("dreamerv3", dict(compile=True))]
 VARIANTS += [("dreamerv2", x) for x in (dict(rho=0.0, slow_every=3), dict(schedules=True), dict(latent="gaussian"))]
 
 
@@ -44,29 +54,50 @@ VARIANTS += [("dreamerv2", x) for x in (dict(rho=0.0, slow_every=3), dict(schedu
     "module,variant", VARIANTS, indirect=["module"], ids=lambda x: x if isinstance(x, str) else "-".join(x) or "plain"
 )
 def test_graph_equals_eager(module, bf16, variant):
-    """A captured update goes on where the eager ones stopped: finite, and as close as other random numbers allow."""
-    (eager, _), (graph, after) = (updated(module, bf16=bf16, cuda_graph=on, **variant) for on in (False, True))
-    for key in {"losses/total", "losses/image", "losses/dyn", "losses/kl", "losses/critic"} & eager[0].keys():
-        a, b = (np.array([stats[key] for stats in history]) for history in (eager, graph))
-        assert np.allclose(a[:3], b[:3], rtol=1e-2, atol=1e-3) and np.allclose(a, b, rtol=0.1, atol=0.05), (key, a, b)
-    assert all(torch.isfinite(p).all() for p in after)
+    """A graph draws the random numbers that eager updates draw, so that only the order of sums differs: all losses, and
+    the way that weights have gone, which is random where gradients are nothing but rounding.
+    """
+    (eager, way), (graph, way2) = (updated(module, bf16=bf16, cuda_graph=on, **variant) for on in (False, True))
+    close = dict(rtol=3e-2, atol=3e-2) if bf16 else dict(rtol=1e-3, atol=1e-3)
+    for i, stats in enumerate(eager):
+        for key in (key for key in stats if key.startswith("losses/")):
+            assert np.isclose(stats[key], graph[i][key], **close), f"update {i}, captured from 3 on: {key}"
+    assert (way - way2).norm() < (1.0 if bf16 else 0.3) * way.norm() and way.norm() > 0
 
 
 def test_run_on_gpu(module, tmp_path):
     """train, resume and evaluate; the replay lies on the GPU."""
-    result = module.train(short(module, "Tiny-both-box-v0", tmp_path, device="cuda"))
+    result = module.train(short(module, "Tiny-both-box-v0", tmp_path, device=DEVICE))
     assert np.isfinite([x for key, x in result.items() if key.startswith("losses/")]).all()
     again = module.train(module.Args(resume=result["run_dir"], total_timesteps=160))
     assert again["global_step"] == 160
     agent, args = module.load_agent(result["run_dir"])
-    assert agent.device.type == "cuda" and len(module.evaluate(agent, args, 3)) == 3
+    assert agent.device.type == DEVICE and len(module.evaluate(agent, args, 3)) == 3
 
 
-def test_replay_in_main_memory(module, tmp_path, monkeypatch):
+def test_random_state(module):
+    """Acting from a graph goes on where a saved random state says, and evaluation, with graphs of its own, moves none."""
+    args = module.resolve(module.Args(env_id="Tiny-both-box-v0", size="debug", device=DEVICE))
+    envs, random = module.make_envs(args.env_id, 2, 0, args), torch.cuda if DEVICE == "cuda" else torch
+    agent = module.Agent(envs.single_observation_space, envs.single_action_space, args)
+    row, state, actions = module.start_row(envs, 0), agent.initial(2), []
+    for i in range(8):
+        if i == 5:  # captured at the fourth
+            saved = random.get_rng_state()
+            module.evaluate(agent, args, 3)
+            assert torch.equal(random.get_rng_state(), saved), "evaluate"
+        if i == 7:
+            random.set_rng_state(saved)
+        actions.append(agent.act(row, row["is_first"], state)[0])
+    assert np.allclose(actions[5], actions[7], atol=1e-5) and not np.allclose(actions[5], actions[6], atol=1e-3)
+
+
+def test_replay_in_main_memory(module, made, tmp_path, monkeypatch):
     """Where the replay is too large for the GPU it moves to main memory, and what it stores is right all the same."""
     real = module.free_memory
     monkeypatch.setattr(module, "free_memory", lambda device: 0 if device.type == "cuda" else real(device))
-    result = module.train(short(module, "Tiny-both-discrete-v0", tmp_path, device="cuda"))
+    result = module.train(short(module, "Tiny-both-discrete-v0", tmp_path, device=DEVICE))
+    assert made["Replay"][0].device.type == "cpu"
     saved = module.load(next((tmp_path / result["run_dir"]).glob("replay/*")), "cpu")
     key = "deter" if "deter" in saved else "vector"
     assert torch.isfinite(saved[key].float()).all() and saved[key].float().std() > 0
@@ -76,16 +107,19 @@ def test_replay_in_main_memory(module, tmp_path, monkeypatch):
 def test_captured_plans(on):
     """planet: plans for 1, 8 and again 1 environments, captured each, are drawn anew and follow the weights."""
     module = importlib.import_module("planet")
-    args = module.resolve(module.Args(env_id="Pendulum-v1", size="debug", device="cuda", cuda_graph=on))
+    args = module.resolve(module.Args(env_id="Pendulum-v1", size="debug", device=DEVICE, cuda_graph=on))
     envs = module.make_envs(args.env_id, 1, 0, args)
     agent, plans = module.Agent(envs.single_observation_space, envs.single_action_space, args), []
     for N in [1] * 6 + [8] * 6 + [1] * 6:
         plans.append(agent.captured_plan(agent.rssm.initial(N))["action"].clone())
         assert plans[-1].shape == (N, 1) and torch.isfinite(plans[-1]).all() and plans[-1].abs().max() <= 1
     assert not any(torch.equal(a, b) for a, b in zip(plans, plans[1:], strict=False) if a.shape == b.shape)
-    for p in agent.reward.parameters():
-        p.data.zero_()
-    assert torch.isfinite(agent.captured_plan(agent.rssm.initial(1))["action"]).all()
+    before = []
+    for sign in 1, -1:
+        agent.reward[-1].weight.data *= sign
+        torch.manual_seed(0)
+        before.append(agent.captured_plan(agent.rssm.initial(1))["action"].clone())
+    assert not torch.allclose(*before, atol=1e-2), "other rewards, the same plan"
 
 
 @pytest.mark.parametrize("name", ["dreamerv2", "dreamerv3"])
@@ -95,7 +129,7 @@ def test_captured_acting(name, action):
     module, agents = importlib.import_module(name), []
     _, replay = experience(module, f"Tiny-both-{action}-v0")
     for on in False, True:
-        flags = dict(env_id=f"Tiny-both-{action}-v0", size="debug", device="cuda", warmup=1, bf16=False, cuda_graph=on)
+        flags = dict(env_id=f"Tiny-both-{action}-v0", size="debug", device=DEVICE, warmup=1, bf16=False, cuda_graph=on)
         args = module.resolve(module.Args(**known(module, flags)))
         envs = module.make_envs(args.env_id, 1, 0, args)
         torch.manual_seed(0)
@@ -116,12 +150,12 @@ def test_captured_acting(name, action):
 @pytest.mark.parametrize("agent", ["merlin", "rl_mem", "rl_lstm"])
 def test_merlin_graphs_equal_eager(agent):
     """merlin: a captured update is the eager one, which draws nothing; and captured acting follows the weights."""
-    flags = dict(agent=agent, device="cuda", bf16=False)
+    flags = dict(agent=agent, device=DEVICE, bf16=False)
     (envs, graph), (_, eager) = (test_merlin.made(**flags, cuda_graph=on) for on in (True, False))
     batch = test_merlin.window(envs, eager)[0]
     for _ in range(8):
         a, b = (made.update(batch) for made in (graph, eager))
-        assert {key: float(x) for key, x in a.items()} == pytest.approx({key: float(b[key]) for key in a}, rel=1e-3)
+        assert {key: float(x) for key, x in a.items()} == pytest.approx({key: float(b[key]) for key in a}, rel=1e-3, abs=1e-4)
     real, logits = graph.captured_act, []
     graph.captured_act = lambda inputs: logits.append((out := real(inputs))["logits"].clone()) or out
     for _ in range(3):  # captured at the fourth step of the first window
@@ -135,15 +169,11 @@ def test_merlin_graphs_equal_eager(agent):
 
 @pytest.mark.parametrize("agent", ["merlin", "rl_mem", "rl_lstm"])
 def test_merlin_on_gpu(agent, tmp_path):
-    """merlin: captured acting and updates learn as eager ones do; a run goes on, on this device and the other."""
+    """merlin: a run from graphs; it goes on, on this device and the other."""
     merlin = importlib.import_module("merlin")
-    flags = dict(agent=agent, size="debug", total_timesteps=3_000, checkpoint_every=10_000, device="cuda")
-    results = []
-    for on in (False, True):
-        results.append(merlin.train(merlin.Args(**flags, cuda_graph=on, run_root=str(tmp_path / str(on)))))
-    for key in ("losses/total", "stats/policy_entropy"):
-        assert np.isclose(*[result[key] for result in results], rtol=0.5, atol=0.1), key
-    for device in ("cuda", "cpu"):
-        steps = results[1]["global_step"] + 300
-        results[1] = merlin.train(merlin.Args(resume=results[1]["run_dir"], total_timesteps=steps, device=device))
-        assert results[1]["global_step"] >= steps and np.isfinite(results[1]["losses/total"])
+    flags = dict(agent=agent, size="debug", total_timesteps=2_000, checkpoint_every=10_000, device=DEVICE)
+    result = merlin.train(merlin.Args(**flags, run_root=str(tmp_path)))
+    for device in (DEVICE, "cpu"):
+        steps = result["global_step"] + 300
+        result = merlin.train(merlin.Args(resume=result["run_dir"], total_timesteps=steps, device=device))
+        assert result["global_step"] >= steps and np.isfinite(result["losses/total"])

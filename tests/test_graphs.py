@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+"""What is captured on a GPU, captured on the CPU by graphs.py: bit by bit what the eager functions do."""
+
+import importlib
+import types
+
+import graphs
+import pytest
+import test_gumbel_softmax
+import test_merlin
+import torch
+from test_common import AGENTS, experience, same, window
+
+
+@pytest.fixture(params=AGENTS)
+def module(request):
+    return importlib.import_module(request.param)
+
+
+def test_the_recorder(monkeypatch):
+    """The stand-in itself: state in place, frozen Python values, new random numbers, no reading on the host."""
+    graphs.install(monkeypatch)
+    state, number, graph = torch.zeros(3), [1.0], torch.cuda.CUDAGraph()
+    torch.manual_seed(0)
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+        drawn = torch.rand(3)
+        total = (state.add_(number[0])[:2] * 2).sum()
+    assert (state == 0).all()
+    number[0] = 5.0
+    torch.manual_seed(0)
+    graph.replay(), graph.replay()
+    assert (state == 2).all() and total == 8
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(2, 3)[1], drawn)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+            total.item()
+
+
+def pair(module, monkeypatch, make):
+    """-> an eager agent, and one of the same weights that captures. make: () -> agent, ..."""
+    eager = make()
+    graphs.install(monkeypatch, module)
+    return eager, make()
+
+
+def compare(agents, call, times):
+    """call(agent, i), with the same random state for both; then everything is the same, weights included."""
+    for i in range(times):
+        results = []
+        for agent in agents:
+            torch.manual_seed(i)
+            results.append({key: x.clone() for key, x in call(agent, i).items()} | {"random": torch.get_rng_state()})
+        assert same(*results), (i, [key for key in results[0] if not same(*(x[key] for x in results))])
+    assert same(*(agent.state_dict() for agent in agents))
+    assert same(*(agent.optimizer.state_dict() for agent in agents))
+
+
+@pytest.mark.parametrize("variant", [{}, dict(rho=0.0, slow_every=3), dict(schedules=True)], ids=str)
+def test_updates(module, variant, monkeypatch):
+    """Other batches, weights loaded after the capture, a second shape, and the first again: as an eager agent."""
+    if variant and module.__name__ != "dreamerv2":
+        pytest.skip("flags of dreamerv2")
+    flags = dict(warmup=1, **variant)
+    (eager, replay), (graph, _) = pair(module, monkeypatch, lambda: experience(module, **flags))
+    batches = [window(module, eager, replay, B) for B in (4, 4, 4, 4, 4, 4, 2, 2, 2, 2, 2, 4)]
+    batches = [{key: x.roll(i, 0) for key, x in batch.items()} for i, batch in enumerate(batches)]
+    scaled = {key: x * 0.9 if x.is_floating_point() else x.clone() for key, x in eager.state_dict().items()}
+
+    def update(agent, i):
+        if i == 5:
+            agent.load_state_dict(scaled)
+        batch = {key: x.clone() for key, x in batches[i].items()}
+        return {**agent.update(batch), **{f"batch/{key}": x for key, x in batch.items()}}
+
+    count = graphs.Graph.captured
+    compare((eager, graph), update, len(batches))
+    assert graphs.Graph.captured == count + 2
+
+
+@pytest.mark.parametrize("eval", [False, True])
+def test_acting(module, eval, monkeypatch):
+    """Two environments, one, and two again, with an update between: the same actions and states."""
+    (eager, replay), (graph, _) = pair(module, monkeypatch, lambda: experience(module))
+    states, batch = {}, window(module, eager, replay)
+
+    def act(agent, i):
+        N = 1 if 6 <= i < 12 else 2
+        if i == 8:
+            agent.update({key: x.clone() for key, x in batch.items()})
+        state = states.get((id(agent), N), agent.initial(N))
+        obs = {key: replay.data[key][i, :N] for key in agent.decoder.shapes}
+        action, states[id(agent), N] = agent.act(obs, replay.data["is_first"][i, :N], state, eval=eval)
+        return {"played": torch.as_tensor(action), **states[id(agent), N]}
+
+    compare((eager, graph), act, 16)
+
+
+@pytest.mark.parametrize("agent", ["merlin", "rl_mem", "rl_lstm"])
+def test_windows(agent, monkeypatch):
+    """Windows played and learned from, where memory is written in place while acting."""
+    (rows, eager), (_, graph) = pair(test_merlin.merlin, monkeypatch, lambda: test_merlin.made(agent=agent))
+    for group in graph.optimizer.param_groups + eager.optimizer.param_groups:
+        group["capturable"] = True  # as on a GPU
+
+    def learn(agent, i):
+        batch = test_merlin.window(rows, agent, windows=2)[0]  # the second begins with a state that a graph gave
+        return {**agent.update(batch), **{f"batch/{key}": x for key, x in batch.items()}}
+
+    compare((eager, graph), learn, 6)
+
+
+@pytest.mark.parametrize("estimator", ["st_gumbel_softmax", "reinforce", "rebar"])
+def test_steps(estimator, monkeypatch):
+    """Other images and other temperatures after the capture."""
+    agents = [test_gumbel_softmax.agent_of(latent="bernoulli", estimator=estimator) for _ in range(2)]
+    graphs.install(monkeypatch)
+    agents[1].device, agents[1].side = types.SimpleNamespace(type="cuda"), torch.cuda.Stream()
+    images = torch.rand(10, 8, 784).round()
+    compare(agents, lambda agent, i: agent.update(images[i], 1 - i / 20), 10)

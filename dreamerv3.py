@@ -1042,10 +1042,9 @@ class Replay:
         return {**batch, "index": index}
 
     def write(self, batch, context):
-        """Put the extras of a batch back, without its context rows. Where windows overlap the last one wins, always, so
-        that a run can be repeated bit by bit: all that is written to a row is the same.
-        """
+        """Put the extras of a batch back, without its context rows."""
         index = batch["index"][:, context:].flatten().to(self.device)  # (B*T)
+        # the last window that holds the row speaks for all that do: repeated runs are equal, whatever is written first
         last = ((index == index[:, None]) * torch.arange(len(index), device=self.device)).amax(1)  # (B*T)
         for key in self.extras:
             values = batch[key][:, context:].flatten(0, 1).to(self.device)  # (B*T, ...)

@@ -8,15 +8,14 @@
     learn     Pong by the 100k protocol with as many updates as fit the time left, then dm_control from vectors
 
 A stage is a process with a limit of its own, and so is each of its parts. What it finds is in DIR at once, so that a
-failure, a hang or the end of the lease loses nothing that was known before: gpu.jsonl (all records), log.txt,
-profile.txt, curve.csv, curve.png, open_loop.gif, dream.gif, weights.pt (16 MiB at most, for dreamerv3.load_agent).
+failure, a hang or the end of the machine's time loses nothing that was known before: gpu.jsonl (all records), log.txt,
+pong.csv, pong.png, swingup.csv, swingup.png, dream.gif, weights.pt (at most 16 MiB, for dreamerv3.load_agent).
 Time that a stage leaves goes to those after it. --resume takes over what worked in an earlier DIR, so that --only learn
 knows what works and how fast it is; what is recorded there is not done again, and runs whose folders exist go on.
 --device cpu: everything at debug size in two minutes, to see that this script works.
 """
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -36,7 +35,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SHARES = {  # of the time; on a CPU starting a process is what takes long
     "cuda": dict(machine=0.06, smoke=0.17, tests=0.19, speed=0.27, learn=0.31),
-    "cpu": dict(machine=0.06, smoke=0.40, tests=0.08, speed=0.14, learn=0.32),
+    "cpu": dict(machine=0.06, smoke=0.36, tests=0.08, speed=0.13, learn=0.37),
 }
 PACKAGES = "torch triton numpy gymnasium ale-py dm_control mujoco tyro tensorboard matplotlib pytest pillow".split()
 VECTOR = [24]
@@ -45,19 +44,20 @@ VECTOR = [24]
 # --- processes and records --------------------------------------------------------------------------------------------
 
 
-def kill(pid):
+def kill(process):
     """End a process, all that it started, and what these started, whatever sessions they opened."""
     children = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             children.setdefault(int(path.read_text().rpartition(")")[2].split()[1]), []).append(int(path.parent.name))
-    family = [pid]
+    family = [process.pid]
     for member in family:
         family += children.get(member, [])
     for member in family:
-        for end in os.killpg, os.kill:
+        for end in [os.killpg] if process.poll() is not None else [os.killpg, os.kill]:
             with suppress(OSError):
                 end(member, signal.SIGKILL)
+    process.wait()
 
 
 def start(command, file, **env):
@@ -83,7 +83,7 @@ def finish(process, until):
     except subprocess.TimeoutExpired:
         return None
     finally:  # an interrupt, too
-        kill(process.pid)
+        kill(process)
 
 
 def tail(code, text, lines=30):
@@ -272,7 +272,7 @@ CASES = {  # of bench.py; what matters most comes first. copies: so many process
     "update 12m": dict(size="12m"),
     "update 12m, compiled step": dict(size="12m", compile=True),
     "update 12m, eager": dict(size="12m", cuda_graph=False),
-    "act 12m, 8 environments": dict(size="12m", act=8),
+    "act 12m, 16 environments": dict(size="12m", act=16),
     "update 12m, kernels": dict(size="12m", profile=True),
     "update 12m, 16x32": dict(size="12m", batch_length=32),
     "update 1m, 16x32": dict(size="1m", batch_length=32),
@@ -314,21 +314,18 @@ def speed(args):
                 note(args, "speed", name=name, seconds=seconds, error=tail(code, text))
                 continue
             numbers = json.loads(lines[-1])
-            if table := numbers.pop("table", ""):
-                with open(args.out / "profile.txt", "a") as file:
-                    file.write(f"{name}: {json.dumps(numbers)}\n{table}\n\n")
-            note(args, "speed", name=name, seconds=seconds, form=best(args, case.get("module", "dreamerv3")), **numbers)
+            note(args, "speed", name=name, seconds=seconds, case=case, **numbers)
+            print(numbers.get("table", ""), flush=True)
 
 
 # --- learn ------------------------------------------------------------------------------------------------------------
 
-STEPS, ENVS, ENOUGH = 100_000, 8, 25_000
-# How to spend the time on Pong: the first of these with which ENOUGH updates fit, by the speed of the case of its name;
-# else the one with most. The paper's batch and a quarter of the table's 50M parameters come first; a sequence of half
-# the length has half the recurrent steps, of which an update's time mostly consists; the smallest net is the last
-# resort. Published: the 200m network with 12,500 updates ends at -4; small networks with 100,000 updates at 18 to 20.
-# Table's rate, 4e-5, is for ten times as many updates; 3e-4 was tried at 1m on a CPU and lay in the published band.
-# Eight environments, where the protocol has one, since acting would else take longer than learning.
+STEPS, ENVS, ENOUGH = 100_000, 16, 25_000
+# How to spend the time on Pong: the first of these with which ENOUGH updates fit, by the speed of the case of its name,
+# else the one with most. First the paper's batch on the default size; then sequences of half the length, since most of
+# an update's time is its recurrent steps; a small net last. Published: 12,500 updates of the 200m network end at -4,
+# 100,000 of a small one at 18 to 20. Table's learning rate, 4e-5, is for more updates than fit; 3e-4 at 1m lay in the
+# published band on a CPU. 16 environments, Table's number for all but this protocol (1): acting must not take longest.
 PLANS = {
     "update 12m": dict(size="12m", learning_rate=1e-4),
     "update 12m, 16x32": dict(size="12m", learning_rate=1e-4, batch_length=32),
@@ -346,7 +343,7 @@ def measured(args, name, default=None):
 
 def plan(args, seconds, slower):
     """Flags of Pong. slower: by how much other processes beside it slow an update down."""
-    acting = STEPS / ENVS * (measured(args, "act 12m, 8 environments", 2.5) + 1.5) / 1000  # 1.5: the games, the replay
+    acting = STEPS / ENVS * (measured(args, "act 12m, 16 environments", 2.5) + 1.5) / 1000  # 1.5: the games, the replay
     options = []
     for name, flags in PLANS.items():
         ms = slower * measured(args, name, 1e9 if records(args, "speed") else 30)
@@ -380,69 +377,42 @@ def newest(folder):
     return max(Path(folder).glob("*/events*"), key=os.path.getmtime, default=Path()).parent if folder else Path()
 
 
-def draw(args, folders):
-    """curve.csv and curve.png of what the runs have written so far; GIF and weights of the first."""
-    from plot import episodes, plt, smooth
-
-    curves, first = {}, newest(next(iter(folders.values())))
-    for name, folder in folders.items():
-        with suppress(KeyError, IndexError, OSError):  # no episode has ended, nothing is recorded
-            curves[name] = episodes(newest(folder), 1)
-    with open(args.out / "curve.csv", "w", newline="") as file:
-        rows = [[name, *row] for name, curve in curves.items() for row in curve]
-        csv.writer(file).writerows([["run", "policy_step", "frames", "seconds", "return"], *rows])
-    with open(HERE / "published.csv") as file:
-        published = [list(row.values()) for row in csv.DictReader(file)]
-    figure, panels = plt.subplots(1, max(1, len(curves)), figsize=(6 * max(1, len(curves)), 4), squeeze=False)
-    for (name, curve), axes in zip(curves.items(), panels[0], strict=False):
-        _, frames, _, returns = zip(*curve, strict=True)
-        axes.plot(frames, returns, ".", alpha=0.3, markersize=3)
-        axes.plot(frames, smooth(plt.np.array(returns), 20), color="C0", label=f"{name}, mean of 20 episodes")
-        key = PUBLISHED[name.strip("2")].split(",")
-        steps, mean, least, most = zip(*[map(float, row[3:7]) for row in published if row[:3] == key], strict=True)
-        axes.plot(steps, mean, "k--", label="published, mean and range over seeds")
-        axes.fill_between(steps, least, most, color="k", alpha=0.1, linewidth=0)
-        axes.set(xlabel="frames", ylabel="return", xlim=(0, max(400_000, frames[-1])))
-        axes.legend(fontsize=7)
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(args.out / "curve.png", dpi=110)
-    plt.close(figure)
-    with suppress(OSError):
-        shutil.copy(first / "open_loop.gif", args.out)
-    saved, mine = first / "checkpoint.pt", args.out / "weights.pt"
+def show(args, folders):
+    """Bring what the runs have written so far to DIR."""
+    for name, published in PUBLISHED.items():
+        runs = [newest(folder) for job, folder in folders.items() if job.startswith(name)]
+        if runs:
+            command = [HERE / "plot.py", args.out / name, *runs, "--published", published, "--window", 20]
+            run(command, time.time() + 30)  # fails until a first episode has ended
+    saved, mine = newest(folders["pong"]) / "checkpoint.pt", args.out / "weights.pt"
     if saved.exists() and (not mine.exists() or saved.stat().st_mtime > mine.stat().st_mtime):
         shrink(saved, mine)
 
 
-def shrink(saved, path, most=16 * 2**20):
-    """A checkpoint without what only --resume needs. If that is too large: bfloat16; then zeros for the heads that only
-    training needs. load_agent reads each of them.
+def shrink(saved, path, most=15 * 2**20):
+    """What load_agent needs of a checkpoint. Weights of more than so many bytes: in bfloat16, and zeros in place of the
+    heads that only training needs. The 12m agent for Atari then has 15.8 MiB.
     """
     import torch
 
     state = torch.load(saved, map_location="cpu", weights_only=True)
-    unused = ("reward.", "cont.", "critic.", "slow_critic.")
-    half = lambda key, x: x.bfloat16() if x.is_floating_point() else x
-    steps = [lambda key, x: x, half]
-    steps += [lambda key, x: torch.zeros(()).expand(x.shape) if key.startswith(unused) else half(key, x)]
-    for step in steps:
-        agent = {key: step(key, x) for key, x in state["agent"].items()}
-        torch.save({"args": state["args"], "agent": agent, "source": state["source"]}, path)
-        if path.stat().st_size <= most:
-            return
-    path.unlink()  # too large to bring back
+    agent, unused = state["agent"], ("reward.", "cont.", "critic.", "slow_critic.")
+    if sum(x.nbytes for x in agent.values()) > most:
+        agent = {key: x.bfloat16() if x.numel() > 1024 else x for key, x in agent.items()}
+        agent = {key: torch.zeros(()).expand(x.shape) if key.startswith(unused) else x for key, x in agent.items()}
+    torch.save({"args": state["args"], "agent": agent, "source": state["source"]}, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def learn(args):
     cuda, left = args.device == "cuda", args.until - time.time()
     score = left > 240 or not cuda  # else what an evaluation costs is better spent on learning
-    stop = args.until - (45 if cuda and score else 25 if cuda else 16)
+    stop = args.until - (45 if cuda and score else 25 if cuda else 22)
     queue, width = jobs(args, stop - time.time())
     forms = BEST[BEST.index(best(args, "dreamerv3")) :]  # if a run breaks, it begins again in the next one
     queue = [(name, flags, forms) for name, flags in queue.items()]
     old = {record["job"]: record["folder"] for record in records(args, "learn") if "folder" in record}
-    base, running, folders, drawn = ROOT / "runs" / f"gpu-{int(time.time())}", {}, {}, time.time()
+    base, running, folders, shown = ROOT / "runs" / f"gpu-{int(time.time())}", {}, {}, time.time()
     while time.time() < stop:
         if queue and len(running) < width and (not folders or stop - time.time() > 45):
             name, flags, forms = queue.pop(0)
@@ -465,12 +435,12 @@ def learn(args):
         if not running and (not queue or stop - time.time() < 45):
             break
         time.sleep(1)
-        if time.time() - drawn > (15 if cuda else 5):
-            drawn = time.time()
-            safely(draw, args, folders)
+        if time.time() - shown > 15:
+            shown = time.time()
+            safely(show, args, folders)
     for process, *_ in running.values():
-        kill(process.pid)
-    safely(draw, args, folders)
+        kill(process)
+    safely(show, args, folders)
     note(args, "learn", ended=[name for name in folders if name not in running], cut=list(running))
     run_dir = newest(folders["pong"])
 
@@ -527,7 +497,8 @@ def main():
             code = finish(start(command, log), until + 1)
         for record in records(args, name)[before:]:
             print(json.dumps(record)[:300])
-        note(args, "stage", name=name, seconds=round(time.time() - end + left), code=code, what="ended at its limit" if code is None else "")
+        what = "ended at its limit" if code is None else ""
+        note(args, "stage", name=name, seconds=round(time.time() - end + left), code=code, what=what)
     print(f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
 
 

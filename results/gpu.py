@@ -418,9 +418,9 @@ def shrink(saved, path, most=15 * 2**20):
 
 def learn(args):
     """Runs until the time is almost over, then pictures and scores of what the first has learned."""
-    cuda, left = args.device == "cuda", args.until - time.time()
-    score = left > 240 or not cuda  # else what an evaluation costs is better spent on learning
-    stop = args.until - (45 if cuda and score else 25 if cuda else 22)
+    left = args.until - time.time()
+    score = left > 240  # else what an evaluation costs is better spent on learning
+    stop = args.until - (45 if score else 22)
     queue, width = jobs(args, stop - time.time())
     forms = BEST[BEST.index(best(args, "dreamerv3")) :]  # if a run breaks, it begins again in the next one
     queue = [(name, flags, forms) for name, flags in queue.items()]
@@ -448,12 +448,11 @@ def learn(args):
         if not running and (not queue or stop - time.time() < 45):
             break
         time.sleep(1)
-        if time.time() - shown > 15:
+        if time.time() - shown > 15 and stop - time.time() > 5:
             shown = time.time()
             safely(show, args, folders)
     for process, *_ in running.values():
         kill(process)
-    safely(show, args, folders)
     note(args, "learn", ended=[name for name in folders if name not in running], cut=list(running))
     run_dir = newest(next(iter(folders.values())))
 
@@ -463,9 +462,11 @@ def learn(args):
         with suppress(OSError):
             shutil.copy(run_dir / "dream.gif", args.out)
 
-    with ThreadPoolExecutor(2) as pool:
-        played = ["--eval", run_dir, "--eval-episodes", 4 if cuda else 1]
-        list(pool.map(after, [["--dream", run_dir], played][: 1 + score]))
+    with ThreadPoolExecutor(3) as pool:
+        pool.submit(safely, show, args, folders)
+        pool.submit(after, ["--dream", run_dir])
+        if score:
+            pool.submit(after, ["--eval", run_dir, "--eval-episodes", 4])
 
 
 def safely(work, *inputs):
@@ -507,7 +508,7 @@ def main():
         until = time.time() + left * shares[name] / sum(shares[x] for x in chosen[i:])
         command = [__file__, *sys.argv[1:], "--stage", name, "--until", until]
         with open(args.out / "log.txt", "a") as log:
-            code = finish(start(command, log), until + 1)
+            code = finish(start(command, log), until + 3)
         for record in records(args, name)[before:]:
             print(json.dumps(record)[:300])
         what = "ended at its limit" if code is None else "see log.txt" if code else ""

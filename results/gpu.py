@@ -331,8 +331,9 @@ STEPS, ENVS, ENOUGH = 100_000, 16, 25_000
 # How to spend the time on Pong: the first of these with which ENOUGH updates fit, by the speed of the case of its name,
 # else the one with most. First the paper's batch on the default size; then sequences of half the length, since most of
 # an update's time is its recurrent steps; a small net last. Published: 12,500 updates of the 200m network end at -4,
-# 100,000 of a small one at 18 to 20. Table's learning rate, 4e-5, is for more updates than fit; 3e-4 at 1m lay in the
-# published band on a CPU. 16 environments, Table's number for all but this protocol (1): acting must not take longest.
+# 100,000 of a small one at 18 to 20. Table's learning rate, 4e-5, is that of the 200m network; 3e-4 at 1m lay in the
+# published band on a CPU, 1e-4 at 12m lies between and is untried. 16 environments, Table's number for all but this
+# protocol (1): acting must not take longest.
 PLANS = {
     "update 12m": dict(size="12m", learning_rate=1e-4),
     "update 12m, 16x32": dict(size="12m", learning_rate=1e-4, batch_length=32),

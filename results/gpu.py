@@ -311,10 +311,10 @@ def speed(args):
         case = {**FORMS[best(args, case.get("module", "dreamerv3"))], **case}
         copies = case.pop("copies", 1)
         limit = time.time() + min(left - 1, 50)
-        command = [HERE / "bench.py", "--device", args.device, "--seconds", 3 * copies**0.5 if cuda else 0.2, "--one"]
+        command = [HERE / "bench.py", "--device", args.device, "--seconds", 3 * copies**0.5 if cuda else 0.2]
+        command += ["--one", json.dumps([case, time.time()])]
         with ThreadPoolExecutor(copies) as pool:
-            one = lambda _, case=case: run([*command, json.dumps([case, time.time()])], limit)
-            results = list(pool.map(one, range(copies)))
+            results = list(pool.map(run, [command] * copies, [limit] * copies))
         for code, seconds, text in results:
             lines = [line for line in text.splitlines() if line.startswith("{")]
             if code or not lines:
@@ -500,9 +500,11 @@ def main():
     end = time.time() + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
     if args.resume and args.resume.resolve() != args.out:
-        for record in map(json.loads, (args.resume / "gpu.jsonl").read_text().splitlines()):
-            if record.get("ok", True) and record.get("outcome", "passed") == "passed" and not record.get("error"):
-                note(args, **record)
+        with open(args.out / "gpu.jsonl", "a") as file:
+            for line in (args.resume / "gpu.jsonl").read_text().splitlines():
+                record = json.loads(line)
+                if record.get("ok", True) and record.get("outcome", "passed") == "passed" and not record.get("error"):
+                    file.write(line + "\n")
     chosen, shares = [name for name in STAGES if name in args.only], SHARES[args.device]
     for i, name in enumerate(chosen):
         before, left = len(records(args, name)), end - time.time()

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 
-import dreamerv3
 import pytest
 from conftest import ROOT
 from PIL import Image
+
+import dreamerv3
 
 pytestmark = pytest.mark.slow
 

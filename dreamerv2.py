@@ -220,14 +220,14 @@ def resolve(args: Args) -> Args:
 
 # SHARED(dreamerv2, dreamerv3, merlin): sample_onehot
 # DIFFERS(gumbel_softmax): sample_onehot
-def sample_onehot(logp, noise=None):
+def sample_onehot(probs, noise=None):
     """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
 
-    logp: (..., K) log-probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
+    probs: (..., K) probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
     """
-    noise = torch.rand_like(logp).log_().neg_() if noise is None else noise
-    index = (logp.detach().exp() / noise).argmax(-1, keepdim=True)
-    return torch.zeros_like(logp).scatter_(-1, index, 1.0)
+    noise = torch.rand_like(probs).log_().neg_() if noise is None else noise
+    index = (probs.detach() / noise).argmax(-1, keepdim=True)
+    return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
 
 # SHARED(dreamerv2, dreamerv3, gumbel_softmax): straight_through
@@ -470,7 +470,8 @@ class Actor(Head):
         """-> action (..., A), with a gradient: straight-through, or that of truncated_sample."""
         dist = self.dist(feat)
         if self.discrete:
-            return straight_through(sample_onehot(*dist), dist[0].exp())
+            probs = dist[0].exp()
+            return straight_through(sample_onehot(probs), probs)
         return truncated_sample(torch.rand_like(dist[0]), *dist)
 
     def mode(self, feat):
@@ -551,7 +552,8 @@ class RSSM(nn.Module):
         """-> latents (..., S, K), with straight-through gradients; Gaussian: reparameterised. noise: of draw."""
         dist, noise = self.dist(logits), self.draw(*logits.shape[:-2]) if noise is None else noise
         if not self.gaussian:
-            return straight_through(sample_onehot(*dist, noise), dist[0].exp())
+            probs = dist[0].exp()
+            return straight_through(sample_onehot(probs, noise), probs)
         return dist[0][..., None] + dist[1][..., None] * noise
 
     def core(self, deter, x):

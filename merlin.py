@@ -190,14 +190,14 @@ def kl_gaussian(mean, std, mean2, std2):
 
 # SHARED(dreamerv2, dreamerv3, merlin): sample_onehot
 # DIFFERS(gumbel_softmax): sample_onehot
-def sample_onehot(logp, noise=None):
+def sample_onehot(probs, noise=None):
     """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
 
-    logp: (..., K) log-probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
+    probs: (..., K) probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
     """
-    noise = torch.rand_like(logp).log_().neg_() if noise is None else noise
-    index = (logp.detach().exp() / noise).argmax(-1, keepdim=True)
-    return torch.zeros_like(logp).scatter_(-1, index, 1.0)
+    noise = torch.rand_like(probs).log_().neg_() if noise is None else noise
+    index = (probs.detach() / noise).argmax(-1, keepdim=True)
+    return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
 
 def read(memory, keys, strengths):
@@ -601,7 +601,7 @@ class Agent(nn.Module):
         """What of acting runs on the device: {obs, reward, is_first, greedy, state/...} -> outputs, noise, state/..."""
         state = self.forget(state_of(inputs), inputs["is_first"])
         noise = torch.randn(len(inputs["reward"]), self.args.stoch, device=self.device)  # (N, Z)
-        draw = lambda logits: sample_onehot(logits.log_softmax(-1))
+        draw = lambda logits: sample_onehot(logits.softmax(-1))
         choose = lambda logits: torch.where(inputs["greedy"], self.onehot(logits.argmax(-1)), draw(logits))
         outputs, state = self.tick(self.encoder(inputs, state["action"], inputs["reward"]), state, noise, choose)
         return {**outputs, "noise": noise, **{f"state/{key}": x for key, x in state.items()}}

@@ -83,15 +83,6 @@ def timed(work, wait, budget):
     return 1000 * statistics.median(times), (time.process_time() - cpu) / len(times)
 
 
-def compiled(agent):
-    """torch.compile for the recurrent step: a switch of this table, not of the files, until a GPU shows its worth."""
-    import torch
-
-    names = ["step"] if hasattr(agent.rssm, "step") else ["gru", "draw"]  # without a step in one piece, what it has
-    for name in names:
-        setattr(agent.rssm, name, torch.compile(getattr(agent.rssm, name), dynamic=False))
-
-
 def profiled(work, wait, cuda, calls):
     """Where the time of work() goes -> {column: number per call}, and "table": text, the 25 kernels that take most.
 
@@ -168,7 +159,9 @@ def measure(
     action_space = spaces.Box(-1, 1, (6,)) if box or module.__name__ == "planet" else spaces.Discrete(6)
     agent = module.Agent(obs_space, action_space, args)
     if compile:
-        compiled(agent)
+        import kernels  # beside this file
+
+        kernels.compiled(agent)
     cuda = agent.device.type == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
     N = act or 4

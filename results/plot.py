@@ -3,7 +3,7 @@
 
 Reads the TensorBoard files of the runs, writes NAME.csv (one row per training episode) and NAME.png next to this file
 (or elsewhere, if NAME is an absolute path).
---by ablate draws one curve for all runs of one value of the flag --ablate: mean over runs, band from least to greatest.
+--by exp-name draws one curve for all runs of one value of that flag: mean over runs, band from least to greatest.
 --by prior,alpha-obs one for each combination, named by those values that most runs do not have.
 A published curve comes from published.csv (columns benchmark, method, task, step, mean), if that file is here.
 Needs matplotlib, which the algorithms do not: pip install matplotlib

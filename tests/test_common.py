@@ -225,8 +225,8 @@ def test_eval_is_noiseless(module, monkeypatch, action):
     """For equal states, eval=True gives one action, where acting in training gives many."""
     agent, replay = experience(module, f"Tiny-both-{action}-v0")
     if hasattr(agent, "actor"):
-        real, mode = module.sample_onehot, lambda logp: torch.eye(logp.shape[-1])[logp.argmax(-1)]
-        latents_without_noise = lambda logp, noise=None: real(logp) if noise is None else mode(logp)
+        real, mode = module.sample_onehot, lambda probs: torch.eye(probs.shape[-1])[probs.argmax(-1)]
+        latents_without_noise = lambda probs, noise=None: real(probs) if noise is None else mode(probs)
         monkeypatch.setattr(module, "sample_onehot", latents_without_noise)
     else:  # a plan rests on random candidates: the same plan for all
         monkeypatch.setattr(agent, "captured_plan", lambda state: {"action": torch.zeros(64, agent.action_size)})
@@ -396,7 +396,7 @@ def test_training_sees_the_action_before(module, action):
 @pytest.mark.parametrize("action", ["discrete", "box"])
 def test_acting_and_training_agree(module, monkeypatch, action):
     """Without sampling noise, training on stored rows gives the states that acting went through, across resets."""
-    mode = lambda logp, noise=None: torch.zeros_like(logp).scatter_(-1, logp.argmax(-1, keepdim=True), 1.0)
+    mode = lambda probs, noise=None: torch.zeros_like(probs).scatter_(-1, probs.argmax(-1, keepdim=True), 1.0)
     monkeypatch.setattr(module, "sample_onehot", mode)
     agent, replay = experience(module, f"Tiny-both-{action}-v0", rows=80, num_envs=1)
     resets = replay.data["is_first"][:60, 0].nonzero()[1:6, 0]

@@ -8,15 +8,14 @@
     learn     Pong by the 100k protocol with as many updates as fit the time left, then dm_control from vectors
 
 A stage is a process with a limit of its own, and so is each of its parts. What it finds is in DIR at once, so that a
-failure, a hang or the end of the lease loses nothing that was known before: gpu.jsonl (all records), log.txt,
-profile.txt, curve.csv, curve.png, open_loop.gif, dream.gif, weights.pt (16 MiB at most, for dreamerv3.load_agent).
+failure, a hang or the end of the machine's time loses nothing that was known before: gpu.jsonl (all records), log.txt,
+pong.csv, pong.png, swingup.csv, swingup.png, dream.gif, weights.pt (at most 16 MiB, for dreamerv3.load_agent).
 Time that a stage leaves goes to those after it. --resume takes over what worked in an earlier DIR, so that --only learn
 knows what works and how fast it is; what is recorded there is not done again, and runs whose folders exist go on.
 --device cpu: everything at debug size in two minutes, to see that this script works.
 """
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -29,14 +28,14 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SHARES = {  # of the time; on a CPU starting a process is what takes long
     "cuda": dict(machine=0.06, smoke=0.17, tests=0.19, speed=0.27, learn=0.31),
-    "cpu": dict(machine=0.06, smoke=0.40, tests=0.08, speed=0.14, learn=0.32),
+    "cpu": dict(machine=0.06, smoke=0.36, tests=0.08, speed=0.13, learn=0.37),
 }
 PACKAGES = "torch triton numpy gymnasium ale-py dm_control mujoco tyro tensorboard matplotlib pytest pillow".split()
 VECTOR = [24]
@@ -45,19 +44,20 @@ VECTOR = [24]
 # --- processes and records --------------------------------------------------------------------------------------------
 
 
-def kill(pid):
+def kill(process):
     """End a process, all that it started, and what these started, whatever sessions they opened."""
     children = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             children.setdefault(int(path.read_text().rpartition(")")[2].split()[1]), []).append(int(path.parent.name))
-    family = [pid]
+    family = [process.pid]
     for member in family:
         family += children.get(member, [])
     for member in family:
-        for end in os.killpg, os.kill:
+        for end in [os.killpg] if process.poll() is not None else [os.killpg, os.kill]:
             with suppress(OSError):
                 end(member, signal.SIGKILL)
+    process.wait()
 
 
 def start(command, file, **env):
@@ -83,7 +83,7 @@ def finish(process, until):
     except subprocess.TimeoutExpired:
         return None
     finally:  # an interrupt, too
-        kill(process.pid)
+        kill(process)
 
 
 def tail(code, text, lines=30):
@@ -110,6 +110,7 @@ def records(args, stage):
 
 
 def machine(args):
+    """What it is, and three figures for scale: a large matrix product, a large copy, a small kernel."""
     versions = {}
     for name in PACKAGES:
         versions[name] = "missing"
@@ -184,7 +185,11 @@ def best(args, file):
 
 
 def smoke(args):
+    """A whole run of each file, in each form, on a toy; and of dreamerv3 on Pong, with its default form."""
+
     def attempt(file, form, flags, root):
+        if args.until - time.time() < 5:
+            return False
         until = min(args.until - 1, time.time() + (60 if cuda else 25))
         command = [f"{file}.py", *flags, "--device", args.device, "--run-root", root]
         code, seconds, text = run(command, until, PYTHONPATH=f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}")
@@ -214,7 +219,7 @@ def smoke(args):
 
 
 class Report:
-    """For pytest: every n-th test that has no record yet, and a record of each as it begins and as it ends."""
+    """For pytest: part i of n, of that the tests without a record, and a record of each as it begins and as it ends."""
 
     def __init__(self, args):
         self.args, (self.part, self.parts) = args, map(int, args.part.split("/"))
@@ -226,6 +231,7 @@ class Report:
 
     def pytest_runtest_logstart(self, nodeid):
         note(self.args, "tests", test=nodeid, outcome="begun")
+        signal.alarm(40)  # seconds, then the process ends: a test that hangs
 
     def pytest_runtest_logreport(self, report):
         if report.when != "call" and report.passed:
@@ -242,7 +248,7 @@ class Report:
 
 
 def tests(args):
-    """On a GPU in four processes. One that crashes is started again, and goes on after the test that did it."""
+    """On a GPU in four processes. One that crashes or hangs is started again and goes on after the test that did it."""
     if args.part:
         import pytest
 
@@ -272,7 +278,7 @@ CASES = {  # of bench.py; what matters most comes first. copies: so many process
     "update 12m": dict(size="12m"),
     "update 12m, compiled step": dict(size="12m", compile=True),
     "update 12m, eager": dict(size="12m", cuda_graph=False),
-    "act 12m, 8 environments": dict(size="12m", act=8),
+    "act 12m, 16 environments": dict(size="12m", act=16),
     "update 12m, kernels": dict(size="12m", profile=True),
     "update 12m, 16x32": dict(size="12m", batch_length=32),
     "update 1m, 16x32": dict(size="1m", batch_length=32),
@@ -295,6 +301,7 @@ CPU_CASES = {
 
 
 def speed(args):
+    """The cases, each in the form that works, one after the other."""
     cuda = args.device == "cuda"
     known = {x["name"] for x in records(args, "speed") if "error" not in x}
     for name, case in (CASES if cuda else CPU_CASES).items():
@@ -304,37 +311,36 @@ def speed(args):
         case = {**FORMS[best(args, case.get("module", "dreamerv3"))], **case}
         copies = case.pop("copies", 1)
         limit = time.time() + min(left - 1, 50)
-        command = [HERE / "bench.py", "--device", args.device, "--seconds", 3 * copies**0.5 if cuda else 0.2, "--one"]
+        command = [HERE / "bench.py", "--device", args.device, "--seconds", 3 * copies**0.5 if cuda else 0.2]
+        command += ["--one", json.dumps([case, time.time()])]
         with ThreadPoolExecutor(copies) as pool:
-            one = lambda _, case=case: run([*command, json.dumps([case, time.time()])], limit)
-            results = list(pool.map(one, range(copies)))
+            results = list(pool.map(run, [command] * copies, [limit] * copies))
         for code, seconds, text in results:
             lines = [line for line in text.splitlines() if line.startswith("{")]
             if code or not lines:
                 note(args, "speed", name=name, seconds=seconds, error=tail(code, text))
                 continue
             numbers = json.loads(lines[-1])
-            if table := numbers.pop("table", ""):
-                with open(args.out / "profile.txt", "a") as file:
-                    file.write(f"{name}: {json.dumps(numbers)}\n{table}\n\n")
-            note(args, "speed", name=name, seconds=seconds, form=best(args, case.get("module", "dreamerv3")), **numbers)
+            note(args, "speed", name=name, seconds=seconds, case=case, **numbers)
+            print(numbers.get("table", ""), flush=True)
 
 
 # --- learn ------------------------------------------------------------------------------------------------------------
 
-STEPS, ENVS, ENOUGH = 100_000, 8, 25_000
-# How to spend the time on Pong: the first of these with which ENOUGH updates fit, by the speed of the case of its name;
-# else the one with most. The paper's batch and a quarter of the table's 50M parameters come first; a sequence of half
-# the length has half the recurrent steps, of which an update's time mostly consists; the smallest net is the last
-# resort. Published: the 200m network with 12,500 updates ends at -4; small networks with 100,000 updates at 18 to 20.
-# Table's rate, 4e-5, is for ten times as many updates; 3e-4 was tried at 1m on a CPU and lay in the published band.
-# Eight environments, where the protocol has one, since acting would else take longer than learning.
+STEPS, ENVS, ENOUGH = 100_000, 16, 25_000
+# How to spend the time on Pong: the first of these with which ENOUGH updates fit, by the speed of the case of its name,
+# else the one with most. First the paper's batch on the default size; then sequences of half the length, since most of
+# an update's time is its recurrent steps; a small net last. Published: 12,500 updates of the 200m network end at -4,
+# 100,000 of a small one at 18 to 20. Table's learning rate, 4e-5, is that of the 200m network; 3e-4 at 1m lay in the
+# published band on a CPU, 1e-4 at 12m lies between and is untried. 16 environments, Table's number for all but this
+# protocol (1): acting must not take longest.
 PLANS = {
     "update 12m": dict(size="12m", learning_rate=1e-4),
     "update 12m, 16x32": dict(size="12m", learning_rate=1e-4, batch_length=32),
     "update 1m, 16x32": dict(size="1m", learning_rate=3e-4, batch_length=32),
 }
-SWINGUP = dict(env_id="dm_control/cartpole-swingup-v0", size="12m", num_envs=4, total_timesteps=STEPS)  # the paper's
+SWINGUP = dict(env_id="dm_control/cartpole-swingup-v0", num_envs=4, total_timesteps=STEPS)  # ratio: the paper's
+CARTPOLE = dict(env_id="CartPole-v1", size="1m", learning_rate=3e-4, warmup=200, total_timesteps=5000)
 PUBLISHED = {"pong": "atari100k,dreamerv3,atari_pong", "swingup": "dmc_proprio,dreamerv3,dmc_cartpole_swingup"}
 
 
@@ -346,7 +352,7 @@ def measured(args, name, default=None):
 
 def plan(args, seconds, slower):
     """Flags of Pong. slower: by how much other processes beside it slow an update down."""
-    acting = STEPS / ENVS * (measured(args, "act 12m, 8 environments", 2.5) + 1.5) / 1000  # 1.5: the games, the replay
+    acting = STEPS / ENVS * (measured(args, "act 12m, 16 environments", 2.5) + 1.5) / 1000  # 1.5: the games, the replay
     options = []
     for name, flags in PLANS.items():
         ms = slower * measured(args, name, 1e9 if records(args, "speed") else 30)
@@ -355,7 +361,7 @@ def plan(args, seconds, slower):
     updates = min(STEPS, max(STEPS / 16, updates))  # if too few fit, the run is cut, and that is its curve
     flags = {**flags, "num_envs": ENVS, "total_timesteps": STEPS, "env_id": "ALE/Pong-v5"}
     flags["train_ratio"] = round(updates * 16 * flags.get("batch_length", 64) / STEPS)
-    flags["checkpoint_every"] = int(STEPS * 40 / seconds)  # every 40 seconds
+    flags["checkpoint_every"] = int(STEPS * min(0.2, 40 / seconds))  # every 40 seconds
     note(args, "learn", plan=flags, updates=int(updates), ms=ms, acting_s=acting, seconds=seconds)
     return flags
 
@@ -371,8 +377,12 @@ def jobs(args, seconds):
         if alone and beside and beside < alone / 0.75:
             width, slower = n, beside / alone
     pong = plan(args, seconds, slower)
-    every = {"checkpoint_every": int(STEPS / 20)}
-    return {"pong": pong, "swingup": {**SWINGUP, **every}, "pong2": {**pong, "seed": 2}}, width
+    runs = {"pong": pong, "swingup": SWINGUP, "pong2": {**pong, "seed": 2}}
+    for name, package in ("pong", "ale_py"), ("pong2", "ale_py"), ("swingup", "dm_control"):
+        if not util.find_spec(package):
+            note(args, "learn", missing=package, left_out=name)
+            del runs[name]
+    return runs or {"cartpole": CARTPOLE}, width
 
 
 def newest(folder):
@@ -380,69 +390,43 @@ def newest(folder):
     return max(Path(folder).glob("*/events*"), key=os.path.getmtime, default=Path()).parent if folder else Path()
 
 
-def draw(args, folders):
-    """curve.csv and curve.png of what the runs have written so far; GIF and weights of the first."""
-    from plot import episodes, plt, smooth
-
-    curves, first = {}, newest(next(iter(folders.values())))
-    for name, folder in folders.items():
-        with suppress(KeyError, IndexError, OSError):  # no episode has ended, nothing is recorded
-            curves[name] = episodes(newest(folder), 1)
-    with open(args.out / "curve.csv", "w", newline="") as file:
-        rows = [[name, *row] for name, curve in curves.items() for row in curve]
-        csv.writer(file).writerows([["run", "policy_step", "frames", "seconds", "return"], *rows])
-    with open(HERE / "published.csv") as file:
-        published = [list(row.values()) for row in csv.DictReader(file)]
-    figure, panels = plt.subplots(1, max(1, len(curves)), figsize=(6 * max(1, len(curves)), 4), squeeze=False)
-    for (name, curve), axes in zip(curves.items(), panels[0], strict=False):
-        _, frames, _, returns = zip(*curve, strict=True)
-        axes.plot(frames, returns, ".", alpha=0.3, markersize=3)
-        axes.plot(frames, smooth(plt.np.array(returns), 20), color="C0", label=f"{name}, mean of 20 episodes")
-        key = PUBLISHED[name.strip("2")].split(",")
-        steps, mean, least, most = zip(*[map(float, row[3:7]) for row in published if row[:3] == key], strict=True)
-        axes.plot(steps, mean, "k--", label="published, mean and range over seeds")
-        axes.fill_between(steps, least, most, color="k", alpha=0.1, linewidth=0)
-        axes.set(xlabel="frames", ylabel="return", xlim=(0, max(400_000, frames[-1])))
-        axes.legend(fontsize=7)
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(args.out / "curve.png", dpi=110)
-    plt.close(figure)
-    with suppress(OSError):
-        shutil.copy(first / "open_loop.gif", args.out)
-    saved, mine = first / "checkpoint.pt", args.out / "weights.pt"
+def show(args, folders):
+    """Bring what the runs have written so far to DIR."""
+    for name in {job.strip("2") for job in folders}:
+        runs = [newest(folder) for job, folder in folders.items() if job.startswith(name)]
+        published = ["--published", PUBLISHED[name]] if name in PUBLISHED else []
+        command = [HERE / "plot.py", args.out / name, *runs, *published, "--window", 20]
+        run(command, time.time() + 30)  # fails until a first episode has ended
+    saved, mine = newest(next(iter(folders.values()))) / "checkpoint.pt", args.out / "weights.pt"
     if saved.exists() and (not mine.exists() or saved.stat().st_mtime > mine.stat().st_mtime):
         shrink(saved, mine)
 
 
-def shrink(saved, path, most=16 * 2**20):
-    """A checkpoint without what only --resume needs. If that is too large: bfloat16; then zeros for the heads that only
-    training needs. load_agent reads each of them.
+def shrink(saved, path, most=15 * 2**20):
+    """What load_agent needs of a checkpoint. Weights of more than so many bytes: in bfloat16, and zeros in place of the
+    heads that only training needs. The 12m agent for Atari then has 15.8 MiB.
     """
     import torch
 
     state = torch.load(saved, map_location="cpu", weights_only=True)
-    unused = ("reward.", "cont.", "critic.", "slow_critic.")
-    half = lambda key, x: x.bfloat16() if x.is_floating_point() else x
-    steps = [lambda key, x: x, half]
-    steps += [lambda key, x: torch.zeros(()).expand(x.shape) if key.startswith(unused) else half(key, x)]
-    for step in steps:
-        agent = {key: step(key, x) for key, x in state["agent"].items()}
-        torch.save({"args": state["args"], "agent": agent, "source": state["source"]}, path)
-        if path.stat().st_size <= most:
-            return
-    path.unlink()  # too large to bring back
+    agent, unused = state["agent"], ("reward.", "cont.", "critic.", "slow_critic.")
+    if sum(x.nbytes for x in agent.values()) > most:
+        agent = {key: x.bfloat16() if x.numel() > 1024 else x for key, x in agent.items()}
+        agent = {key: torch.zeros(()).expand(x.shape) if key.startswith(unused) else x for key, x in agent.items()}
+    torch.save({"args": state["args"], "agent": agent, "source": state["source"]}, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def learn(args):
-    cuda, left = args.device == "cuda", args.until - time.time()
-    score = left > 240 or not cuda  # else what an evaluation costs is better spent on learning
-    stop = args.until - (45 if cuda and score else 25 if cuda else 16)
+    """Runs until the time is almost over, then pictures and scores of what the first has learned."""
+    left = args.until - time.time()
+    score = left > 240  # else what an evaluation costs is better spent on learning
+    stop = args.until - (45 if score else 22)
     queue, width = jobs(args, stop - time.time())
     forms = BEST[BEST.index(best(args, "dreamerv3")) :]  # if a run breaks, it begins again in the next one
     queue = [(name, flags, forms) for name, flags in queue.items()]
     old = {record["job"]: record["folder"] for record in records(args, "learn") if "folder" in record}
-    base, running, folders, drawn = ROOT / "runs" / f"gpu-{int(time.time())}", {}, {}, time.time()
+    base, running, folders, shown = ROOT / "runs" / f"gpu-{int(time.time())}", {}, {}, time.time()
     while time.time() < stop:
         if queue and len(running) < width and (not folders or stop - time.time() > 45):
             name, flags, forms = queue.pop(0)
@@ -465,14 +449,13 @@ def learn(args):
         if not running and (not queue or stop - time.time() < 45):
             break
         time.sleep(1)
-        if time.time() - drawn > (15 if cuda else 5):
-            drawn = time.time()
-            safely(draw, args, folders)
+        if time.time() - shown > 15 and stop - time.time() > 5:
+            shown = time.time()
+            safely(show, args, folders)
     for process, *_ in running.values():
-        kill(process.pid)
-    safely(draw, args, folders)
+        kill(process)
     note(args, "learn", ended=[name for name in folders if name not in running], cut=list(running))
-    run_dir = newest(folders["pong"])
+    run_dir = newest(next(iter(folders.values())))
 
     def after(command):
         code, seconds, text = run(["dreamerv3.py", *command, "--device", args.device], args.until - 1)
@@ -480,9 +463,11 @@ def learn(args):
         with suppress(OSError):
             shutil.copy(run_dir / "dream.gif", args.out)
 
-    with ThreadPoolExecutor(2) as pool:
-        played = ["--eval", run_dir, "--eval-episodes", 4 if cuda else 1]
-        list(pool.map(after, [["--dream", run_dir], played][: 1 + score]))
+    with ThreadPoolExecutor(3) as pool:
+        pool.submit(safely, show, args, folders)
+        pool.submit(after, ["--dream", run_dir])
+        if score:
+            pool.submit(after, ["--eval", run_dir, "--eval-episodes", 4])
 
 
 def safely(work, *inputs):
@@ -515,19 +500,22 @@ def main():
     end = time.time() + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
     if args.resume and args.resume.resolve() != args.out:
-        for record in map(json.loads, (args.resume / "gpu.jsonl").read_text().splitlines()):
-            if record.get("ok", True) and record.get("outcome", "passed") == "passed" and not record.get("error"):
-                note(args, **record)
+        with open(args.out / "gpu.jsonl", "a") as file:
+            for line in (args.resume / "gpu.jsonl").read_text().splitlines():
+                record = json.loads(line)
+                if record.get("ok", True) and record.get("outcome", "passed") == "passed" and not record.get("error"):
+                    file.write(line + "\n")
     chosen, shares = [name for name in STAGES if name in args.only], SHARES[args.device]
     for i, name in enumerate(chosen):
         before, left = len(records(args, name)), end - time.time()
         until = time.time() + left * shares[name] / sum(shares[x] for x in chosen[i:])
         command = [__file__, *sys.argv[1:], "--stage", name, "--until", until]
         with open(args.out / "log.txt", "a") as log:
-            code = finish(start(command, log), until + 1)
+            code = finish(start(command, log), until + 3)
         for record in records(args, name)[before:]:
             print(json.dumps(record)[:300])
-        note(args, "stage", name=name, seconds=round(time.time() - end + left), code=code, what="ended at its limit" if code is None else "")
+        what = "ended at its limit" if code is None else "see log.txt" if code else ""
+        note(args, "stage", name=name, seconds=round(time.time() - end + left), code=code, what=what)
     print(f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
 
 

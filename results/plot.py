@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Curves: python results/plot.py NAME runs/A runs/B ... [--published BENCHMARK,METHOD,TASK] [--window 10] [--by FLAG]
 
-Reads the TensorBoard files of the runs, writes NAME.csv (one row per training episode) and NAME.png next to this file.
+Reads the TensorBoard files of the runs, writes NAME.csv (one row per training episode) and NAME.png next to this file
+(or elsewhere, if NAME is an absolute path).
 --by exp-name draws one curve for all runs of one value of that flag: mean over runs, band from least to greatest.
 --by prior,alpha-obs one for each combination, named by those values that most runs do not have.
 A published curve comes from published.csv (columns benchmark, method, task, step, mean), if that file is here.
@@ -90,7 +91,9 @@ def main():
         )
         axes.set_xlim(0, 1.5 * max(frames[-1] for _, frames, _ in curves))
     axes.set(
-        xlabel="environment frames", ylabel=f"return of training episodes (mean of {args.window})", title=args.name
+        xlabel="environment frames",
+        ylabel=f"return of training episodes (mean of {args.window})",
+        title=Path(args.name).name,
     )
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 
-import dreamerv3
 import pytest
 from conftest import ROOT
 from PIL import Image
+
+import dreamerv3
 
 pytestmark = pytest.mark.slow
 
@@ -39,32 +40,35 @@ def call(tree, minutes, *flags):
 def test_whole(tree):
     """Every stage leaves its results in few and small files; the weights play, and the time is kept to."""
     records, out = call(tree, 2)
-    assert {x["name"]: x["code"] for x in records["stage"]} == dict.fromkeys("machine smoke tests speed learn".split(), 0)
+    stages = {"machine", "smoke", "tests", "speed", "learn"}
+    assert {x["name"]: x["code"] for x in records["stage"]} == dict.fromkeys(stages, 0)
     assert any("copy_tb_per_s" in x for x in records["machine"])
     assert {"dreamerv3", "dreamerv2"} <= {x["file"] for x in records["smoke"] if x["ok"]}
     assert records["tests"][-1]["outcome"]["passed"] >= 4
     assert records["speed"][0]["median ms"] > 0
     assert len(list(out.iterdir())) <= 8 and all(path.stat().st_size < 16 * 2**20 for path in out.iterdir())
-    rows = list(csv.DictReader(open(out / "curve.csv")))
-    assert rows and all(row["run"] == "pong" and float(row["frames"]) == 4 * float(row["policy_step"]) for row in rows)
-    assert Image.open(out / "curve.png").size[0] > 500 and Image.open(out / "dream.gif").n_frames == 65
+    rows = list(csv.DictReader(open(out / "pong.csv")))
+    assert rows and all(float(row["frames"]) == 4 * float(row["policy_step"]) for row in rows)
+    assert Image.open(out / "pong.png").size[0] > 500 and Image.open(out / "dream.gif").n_frames == 65
     agent, args = dreamerv3.load_agent(out / "weights.pt")
     assert args.env_id == "ALE/Pong-v5" and len(dreamerv3.evaluate(agent, args, 1)) == 1
 
 
 def test_broken_parts(tree):
-    """A file that cannot be read, a case that hangs and a stage that hangs cost what they are, and nothing else."""
+    """A file that cannot be read, one that hangs, and a stage that hangs cost what they are, and nothing else."""
     (tree / "planet.py").write_text("raise RuntimeError('broken on purpose')")
-    (tree / "results" / "plot.py").write_text("import time\ntime.sleep(1000)")
-    records, _ = call(tree, 1.2, "--only", "smoke", "learn", "speed")
+    (tree / "merlin.py").write_text("import time; time.sleep(1000)")
+    (tree / "results" / "torch.py").write_text("import time; time.sleep(1000)")  # of scripts in results alone
+    records, _ = call(tree, 1.3, "--only", "smoke", "machine", "speed")
     smoke = {x["file"]: x for x in records["smoke"]}
     assert "broken on purpose" in smoke["planet"]["error"] and smoke["dreamerv2"]["ok"]
-    assert {x["name"]: x["code"] for x in records["stage"]} == {"smoke": 0, "speed": 0, "learn": None}
-    assert records["speed"] and any("folder" in x for x in records["learn"])
+    assert smoke["merlin"]["error"].endswith("ended at its limit")
+    assert {x["name"]: x["code"] for x in records["stage"]} == {"machine": None, "smoke": 0, "speed": 0}
+    assert records["speed"][0]["error"].endswith("ended at its limit")
 
 
 def test_weights_fit(tmp_path, monkeypatch):
-    """What comes back of a large net: bfloat16, without the heads that only training needs, and it still acts the same."""
+    """What comes back of a large net: bfloat16, without the heads that only training needs. It still acts the same."""
     monkeypatch.syspath_prepend(str(ROOT / "results"))
     import gpu
 
@@ -73,10 +77,9 @@ def test_weights_fit(tmp_path, monkeypatch):
     agent = dreamerv3.Agent(envs.single_observation_space, envs.single_action_space, args)
     saved, row = tmp_path / "checkpoint.pt", dreamerv3.start_row(envs, 0)
     dreamerv3.save(saved, args=vars(args), agent=agent.state_dict(), source="")
-    full = saved.stat().st_size
-    for share in 1.1, 0.6, 0.45:
-        gpu.shrink(saved, tmp_path / "weights.pt", most=int(share * full))
-        assert (tmp_path / "weights.pt").stat().st_size <= share * full
+    for most in 10**9, 1000:
+        gpu.shrink(saved, tmp_path / "weights.pt", most)
         again, _ = dreamerv3.load_agent(tmp_path / "weights.pt")
         states = [x.act(row, row["is_first"], x.initial(1), eval=True)[1]["deter"] for x in (agent, again)]
         assert (states[0] - states[1]).abs().max() < 0.02
+    assert (tmp_path / "weights.pt").stat().st_size < 0.45 * saved.stat().st_size

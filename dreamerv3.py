@@ -717,7 +717,7 @@ class Captured:
             return result
         if key not in self.graphs:
             static, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):  # others may render
+            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):  # no other thread's
                 result = self.fn(static)
             self.graphs[key] = static, graph, result
         static, graph, result = self.graphs[key]
@@ -1002,7 +1002,7 @@ class Replay:
     def add(self, row):
         """row: {key: (num_envs, ...)}, arrays or tensors."""
         for key, ring in self.data.items():
-            ring[self.rows % self.length].copy_(torch.as_tensor(row[key]), non_blocking=ring.is_cuda)
+            ring[self.rows % self.length].copy_(torch.as_tensor(row[key]), non_blocking=self.device.type != "cpu")
         self.rows += 1
 
     def sample(self, B, T, online=True):
@@ -1026,7 +1026,8 @@ class Replay:
         that a run can be repeated bit by bit: all that is written to a row is the same.
         """
         index = batch["index"][:, context:].flatten().to(self.device)  # (B*T)
-        last = ((index == index[:, None]) * torch.arange(len(index), device=self.device)).amax(1)  # (B*T)
+        order = torch.arange(len(index), device=self.device)
+        last = order.new_zeros(self.length * self.num_envs).scatter_reduce_(0, index, order, "amax")[index]  # (B*T)
         for key in self.extras:
             values = batch[key][:, context:].flatten(0, 1).to(self.device)  # (B*T, ...)
             self.data[key].flatten(0, 1)[index] = values[last]

@@ -1029,8 +1029,7 @@ class Replay:
         order = torch.arange(len(index), device=self.device)
         last = order.new_zeros(self.length * self.num_envs).scatter_reduce_(0, index, order, "amax")[index]  # (B*T)
         for key in self.extras:
-            values = batch[key][:, context:].flatten(0, 1).to(self.device)  # (B*T, ...)
-            self.data[key].flatten(0, 1)[index] = values[last]
+            self.data[key].flatten(0, 1)[index] = batch[key][:, context:].flatten(0, 1).to(self.device)[last]
 
     def state_dict(self):
         return {"rows": self.rows, "online": self.online, "files": self.files}

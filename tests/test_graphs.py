@@ -140,7 +140,7 @@ class Copies(TorchDispatchMode):
 
 
 def test_rows_and_batches_do_not_wait(module):
-    """What a row and a batch bring to a device is queued behind the update under way. "meta" is a device without data."""
+    """What a row and a batch bring to a device is queued behind the update under way; "meta" is one without data."""
     agent, replay = experience(module)
     rows, meta = {key: x[3] for key, x in replay.data.items()}, torch.device("meta")
     obs_space = module.spaces.Dict({key: module.spaces.Box(0, 1, x) for key, x in agent.decoder.shapes.items()})

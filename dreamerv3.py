@@ -45,13 +45,11 @@ Differs from the paper, on purpose:
 
 import copy
 import ctypes
-import difflib
 import importlib.util
 import io
 import json
 import os
 import random
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -110,7 +108,6 @@ class Args:
     stoch: int = 32  # S, Table
     blocks: int = 8  # G, Table
     bins: int = 255  # V, Table
-    ablate: Literal["none", "kl", "return_norm", "symlog", "unimix", "recon", "reward_value"] = "none"  # left out
     deter: int | None = None  # D; by --size, as the four below
     hidden: int | None = None  # U inside the RSSM
     units: int | None = None  # U of encoder, decoder and heads
@@ -119,7 +116,6 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     bf16: bool = True  # bfloat16 products and convolutions on a GPU; products only on a CPU with AMX
     cuda_graph: bool = True  # replay the step of acting, and the whole update, as CUDA graphs on a GPU
-    compile: bool = False  # torch.compile the recurrent step, but for its products; a resumed run must ask again
     torch_deterministic: bool = False  # ask cuDNN for deterministic kernels
     exp_name: str = Path(__file__).stem  # names the run
     run_root: str = "runs"  # folder of the run folders
@@ -127,10 +123,7 @@ class Args:
     eval: str | None = None  # run folder or checkpoint to evaluate
     eval_episodes: int = 10  # episodes of --eval
     dream: str | None = None  # run folder or checkpoint to roll out in imagination, as dream.gif
-    capture_video: bool = False  # GIF of an episode at each checkpoint; agents that see only vectors: as rendered
-    track: bool = False  # mirror TensorBoard to Weights & Biases (after: pip install wandb)
-    wandb_project_name: str = "cleandream"  # with --track
-    wandb_entity: str | None = None  # with --track
+    track: bool = False  # mirror TensorBoard to Weights & Biases (pip install wandb; WANDB_PROJECT, WANDB_ENTITY)
 
 
 def widths(d, **run):
@@ -143,15 +136,8 @@ RUN |= dict(checkpoint_every=10_000)
 DEBUG = dict(total_timesteps=400, batch_size=4, batch_length=8, train_ratio=4.0, learning_starts=64)
 SIZES = {"debug": widths(32, checkpoint_every=200, **DEBUG), "1m": widths(64), "12m": widths(256), "25m": widths(384)}
 SIZES |= {"50m": widths(512), "100m": widths(768), "200m": widths(1024), "400m": widths(1536)}
-OF_A_CALL = ("device", "capture_video", "track", "compile")  # flags that a checkpoint does not hand on
+OF_A_CALL = ("device", "track")  # flags that a checkpoint does not hand on
 SIDES = range(48, 257, 16)  # of images: four halvings, and a smallest image that is not too small
-
-
-# --ablate, after the paper's ablations. kl: no balance, no free nats: one KL of weight 1 for both sides; return_norm:
-# returns are not divided by their range; symlog: plain numbers and squared errors, for vectors too; unimix: none; recon
-# and reward_value: these predictions are learned, but their gradients do not reach the world model.
-ABLATE = {"kl": dict(free_nats=0.0, dyn_scale=1.0, rep_scale=1.0), "unimix": dict(unimix=0.0, actor_unimix=0.0)}
-ABLATE |= {"symlog": dict(bins=1)}
 
 
 # DIFFERS(planet, dreamerv2, merlin, gumbel_softmax): resolve
@@ -168,22 +154,15 @@ def resolve(args: Args) -> Args:
     args = replace(args, **{key: value for key, value in derived.items() if getattr(args, key) is None})
     positive = ["num_envs", "action_repeat", "total_timesteps", "batch_size", "train_ratio", "learning_starts"]
     positive += ["buffer_size", "checkpoint_every", "imag_horizon", "warmup", "eval_episodes"]
-    bounds = dict.fromkeys(positive, 0) | {"batch_length": 1, "bins": 0 if args.ablate == "symlog" else 2}
+    bounds = dict.fromkeys(positive, 0) | {"batch_length": 1, "bins": 2}
     for name, least in bounds.items():
         if getattr(args, name) <= least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than {least}")
-    forced = ABLATE.get(args.ablate, {})
-    for name, value in forced.items():
-        if getattr(args, name) not in (value, getattr(Args, name)):
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: --ablate {args.ablate} sets it to {value}")
-    args = replace(args, **forced)
     if args.bins % 2 == 0 or args.deter % args.blocks or 4 * args.depth % args.blocks:
         fail(f"--bins {args.bins} must be odd; --blocks {args.blocks} must divide --deter and 4 x --depth")
     for name, family in ("obs", "dm_control"), ("atari_protocol", "ALE"):
         if getattr(args, name) != getattr(Args, name) and not args.env_id.startswith(family + "/"):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: with --env-id {family}/... only")
-    if args.compile and not any(map(shutil.which, ("g++", "clang++"))):
-        fail("--compile: no C++ compiler; allowed with g++ or clang++ installed")
     if args.track and not importlib.util.find_spec("wandb"):
         fail("--track: Weights & Biases is missing; allowed after: pip install wandb")
     return args
@@ -222,11 +201,8 @@ def twohot(x, bins):
 def twohot_loss(logits, bins, *targets):
     """Eq. 11: cross-entropy of softmax(logits) with twohot(x), summed over the targets x.
 
-    logits: (..., V); targets: (...) each -> (...). Two gathered logits are cheaper than a dense (..., V) target. V = 1:
-    the squared error of a plain number, --ablate symlog.
+    logits: (..., V); targets: (...) each -> (...). Two gathered logits are cheaper than a dense (..., V) target.
     """
-    if len(bins) == 1:
-        return sum((logits[..., 0] - x.detach()).square() for x in targets)
     logp = logits.float().log_softmax(-1)
     pairs = [twohot(x.detach(), bins) for x in targets]
     return -sum((logp.gather(-1, index) * weight).sum(-1) for index, weight in pairs)
@@ -236,34 +212,36 @@ def twohot_mean(logits, bins):
     """Eq. 10: softmax(logits) . bins. logits: (..., V) -> (...).
 
     Bins reach 4.85e8, so that a plain sum over uniform probabilities gives noise of +-40. The difference of mirrored
-    probabilities first, and it gives exactly 0, whatever the order of summation. V = 1: the number itself.
+    probabilities first, and it gives exactly 0, whatever the order of summation.
     """
-    if len(bins) == 1:
-        return logits[..., 0]
     half = len(bins) // 2
     probs = logits.float().softmax(-1)
     return ((probs[..., half + 1 :] - probs[..., :half].flip(-1)) * bins[half + 1 :]).sum(-1)
 
 
-def unimix(logits, mix):
-    """ln((1 - mix) softmax(logits) + mix / K): no probability reaches 0, so no KL or log-probability explodes.
+def mixed_softmax(logits, mix):
+    """(1 - mix) softmax(logits) + mix / K: no probability reaches 0, so no KL or log-probability explodes.
 
-    Section "World model learning". logits: (..., K) -> log-probabilities (..., K), float32.
+    Section "World model learning". logits: (..., K) -> probabilities (..., K), float32.
     """
-    logp = logits.float().log_softmax(-1)
-    return ((1 - mix) * logp.exp() + mix / logits.shape[-1]).log() if mix else logp
+    return (1 - mix) * logits.float().softmax(-1) + mix / logits.shape[-1]
+
+
+def unimix(logits, mix):
+    """ln mixed_softmax(logits, mix). logits: (..., K) -> log-probabilities (..., K), float32."""
+    return mixed_softmax(logits, mix).log() if mix else logits.float().log_softmax(-1)
 
 
 # SHARED(dreamerv2, dreamerv3, merlin): sample_onehot
 # DIFFERS(gumbel_softmax): sample_onehot
-def sample_onehot(logp, noise=None):
+def sample_onehot(probs, noise=None):
     """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
 
-    logp: (..., K) log-probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
+    probs: (..., K) probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
     """
-    noise = torch.rand_like(logp).log_().neg_() if noise is None else noise
-    index = (logp.detach().exp() / noise).argmax(-1, keepdim=True)
-    return torch.zeros_like(logp).scatter_(-1, index, 1.0)
+    noise = torch.rand_like(probs).log_().neg_() if noise is None else noise
+    index = (probs.detach() / noise).argmax(-1, keepdim=True)
+    return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
 
 # SHARED(dreamerv2, dreamerv3, gumbel_softmax): straight_through
@@ -299,7 +277,7 @@ def lambda_return(reward, value, disc, lam):
     step, decay = reward + disc * (1 - lam) * value, disc * lam
     returns = [value[..., -1]]
     for t in range(value.shape[-1] - 1, 0, -1):
-        returns.append(step[..., t] + decay[..., t] * returns[-1])
+        returns.append(torch.addcmul(step[..., t], decay[..., t], returns[-1]))
     return torch.stack(returns[:0:-1], -1)
 
 
@@ -353,10 +331,14 @@ class BlockLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x):
-        blocks, inputs, outputs = self.weight.shape
-        x_blocks = x.reshape(-1, blocks, inputs).transpose(0, 1)
-        y = torch.baddbmm(self.bias.view(blocks, 1, outputs), x_blocks, self.weight)
-        return y.transpose(0, 1).reshape(*x.shape[:-1], blocks * outputs)
+        y = torch.bmm(x.flatten(0, -2).unflatten(-1, (len(self.weight), -1)).transpose(0, 1), self.weight)
+        return y.transpose(0, 1).reshape(*x.shape[:-1], -1) + self.bias
+
+
+def cast(weight):
+    """A weight as autocast would cast it. Autocast remembers casts of parameters, but would cast parts at each use."""
+    device = weight.device.type
+    return weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight
 
 
 # DIFFERS(planet, dreamerv2, merlin): mlp
@@ -400,7 +382,6 @@ class Encoder(nn.Module):
         self.images = sorted(key for key, space in obs_space.items() if is_image(space))
         self.vectors = sorted(key for key in obs_space if key not in self.images)
         self.size = args.units if self.vectors else 0  # E
-        self.squash = nn.Identity() if args.ablate == "symlog" else symlog
         if self.vectors:
             self.mlp = mlp(sum(obs_space[key].shape[0] for key in self.vectors), args.units, 3)
         if self.images:
@@ -416,7 +397,7 @@ class Encoder(nn.Module):
         """{key: (B, T, ...)} -> (B, T, E)."""
         tokens = []
         if self.vectors:
-            tokens.append(self.mlp(torch.cat([self.squash(obs[key].float()) for key in self.vectors], -1)))
+            tokens.append(self.mlp(torch.cat([symlog(obs[key].float()) for key in self.vectors], -1)))
         if self.images:
             image = torch.cat([obs[key] for key in self.images], -1)
             x = image.flatten(0, 1).permute(0, 3, 1, 2) / 255 - 0.5  # channels-last memory: the permutes move no data
@@ -446,7 +427,7 @@ def upsample_conv(x, conv):
 
 # DIFFERS(planet, dreamerv2, merlin): Decoder
 class Decoder(nn.Module):
-    """Features -> predicted observations: vectors as Encoder.squash gives them, images in 0 to 1."""
+    """Features -> predicted observations: vectors as symlog, images in 0 to 1."""
 
     def __init__(self, obs_space, args):
         super().__init__()
@@ -525,7 +506,7 @@ class Actor(Head):
     def sample(self, feat):
         """-> action (..., A). A Box sample may exceed +-1: environment and model clip it, its log-density does not."""
         if self.discrete:
-            return sample_onehot(*self.dist(feat))
+            return sample_onehot(self.dist(feat)[0].exp())
         mean, std = self.dist(feat)
         return mean + std * torch.randn_like(mean)  # torch.normal would wait for the device to check std
 
@@ -551,6 +532,35 @@ class Actor(Head):
 # --- world model ------------------------------------------------------------------------------------------------------
 
 
+def stack_steps(steps):
+    """T tuples of tensors (B, ...) -> one tuple of tensors (B, T, ...)."""
+    return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
+
+
+class ThroughTime(torch.autograd.Function):
+    """Backpropagation through time, but for the weights: these get their gradients for all steps at once.
+
+    Forward hands on the states that the loop gave. Backward adds to the gradient of each state what later steps pass
+    back, and gives the sums to the same states as computed again, all T at once, from the known states before them.
+    There a layer is one product in each direction, where the loop would have T small ones and T additions.
+    """
+
+    @staticmethod
+    def forward(ctx, steps, deter, stoch, logits, *again):
+        """steps: T x (states before the step, states after it), each step a graph of its own; others: (B, T, ...)."""
+        ctx.steps = steps
+        return deter, stoch, logits
+
+    @staticmethod
+    def backward(ctx, deter, stoch, logits):
+        totals, passed = [], (0, 0)
+        for t in reversed(range(len(ctx.steps))):
+            before, after = ctx.steps[t]
+            totals.append((deter[:, t] + passed[0], stoch[:, t] + passed[1], logits[:, t]))
+            passed = torch.autograd.grad(after, before, totals[-1], retain_graph=True)
+        return None, None, None, None, *stack_steps(totals[::-1])
+
+
 # DIFFERS(planet, dreamerv2): RSSM
 class RSSM(nn.Module):
     """Recurrent state-space model, Eq. 1: h_t = f(h, z, a of t-1), posterior z_t ~ q(h_t, x_t), prior z_t ~ p(h_t)."""
@@ -565,36 +575,44 @@ class RSSM(nn.Module):
         self.post_in, self.post_norm, self.post_out = nn.Linear(D + embed_size, U), RMSNorm(U), nn.Linear(U, Z)
         self.prior_net = nn.Sequential(*mlp(D, U, 2), nn.Linear(U, Z))
         self.apply(init_weights)
-        # neither the sequence, which would compile for minutes, nor products, whose weights autocast casts once for all
-        if args.compile:
-            self.gru, self.draw = (torch.compile(f, dynamic=False) for f in (self.gru, self.draw))
 
     def initial(self, B):
         """Zeros: {"deter": (B, D), "stoch": (B, S, K)}."""
         zeros = self.core_norm.scale.new_zeros
         return {"deter": zeros(B, self.args.deter), "stoch": zeros(B, self.args.stoch, self.args.classes)}
 
-    def core(self, deter, stoch, action_hidden):
-        """h' = f(h, z, a), a GRU with block-diagonal matrices: (N, D), (N, S, K), (N, U) -> (N, D)."""
-        N, G = len(deter), self.args.blocks
-        shared = torch.cat([self.deter_in(deter), self.stoch_in(stoch.flatten(1)), action_hidden], -1)
-        own = deter.to(shared.dtype).view(N, G, -1)  # each block sees its own slice of h, and all of the shared input
-        x = torch.cat([own, shared[:, None].expand(-1, G, -1)], -1).flatten(1)
-        x = F.silu(self.core_norm(self.core_hidden(x)))  # (N, D)
-        return self.gru(deter, self.core_gates(x).view(N, G, 3, -1))
+    def core(self, deter, stoch, action_hidden, weight):
+        """h' = f(h, z, a), a GRU with block-diagonal matrices: (N, D), (N, S, K), (N, U) -> (N, D).
 
-    def gru(self, deter, gates):
-        """h' from h (N, D) and what each block says to it (N, G, 3, D/G)."""
-        reset, cand, update = (gate.flatten(1) for gate in gates.float().unbind(2))
-        cand = torch.tanh(reset.sigmoid() * cand)  # (N, D)
-        return torch.lerp(deter, cand, (update - 1).sigmoid())  # the -1 makes a new network remember
+        weight: of core_hidden, cast. Each block sees its own slice of h, and all of the shared input.
+        """
+        (G, _, size), h = weight.shape, deter.to(weight.dtype)
+        shared = torch.cat([self.deter_in(h), self.stoch_in(stoch.flatten(1)), action_hidden], -1)  # (N, 3*U)
+        x = torch.bmm(shared.expand(G, -1, -1), weight[:, size:])  # (G, N, D/G)
+        x = x.baddbmm_(h.view(-1, G, size).transpose(0, 1), weight[:, :size]).transpose(0, 1).flatten(1)  # (N, D)
+        x = F.silu(self.core_norm(x + self.core_hidden.bias).to(h.dtype))
+        gates = torch.bmm(x.view(-1, G, size).transpose(0, 1), self.core_gates.weight)  # (G, N, 3*D/G)
+        reset, cand, update = (gates + self.core_gates.bias.view(G, 1, -1)).chunk(3, -1)
+        cand = torch.tanh(reset.sigmoid() * cand)  # (G, N, D/G)
+        deter = deter.view(-1, G, size).transpose(0, 1)
+        deter = torch.lerp(deter, cand, (update - 1).sigmoid())  # the -1 makes a new network remember
+        return deter.transpose(0, 1).flatten(1)
+
+    def step(self, deter, stoch, keep, action_hidden, embed_hidden, noise, core_weight, post_weight):
+        """One step of the filter: h' = f(h, z, a), z' ~ q(h', x). deter: (N, D); stoch: (N, S, K); keep: (N, 1), 0
+        where an episode begins; action_hidden, embed_hidden: (N, U); noise: (N, S, K) ~ Exp(1); weights: see observe.
+
+        -> h' (N, D), z' (N, S, K), its logits (N, S, K).
+        """
+        deter = self.core(deter * keep, stoch * keep[..., None], action_hidden, core_weight)
+        x = F.silu(self.post_norm(F.linear(deter, post_weight) + embed_hidden))
+        logits = self.post_out(x).view(noise.shape)
+        return deter, self.draw(logits, noise), logits
 
     def draw(self, logits, noise):
-        """z ~ unimix(logits), with the gradient of its probabilities. Both (N, S, K); noise ~ Exp(1), drawn outside, as
-        compiled code has a generator of its own.
-        """
-        logp = unimix(logits, self.args.unimix)
-        return straight_through(sample_onehot(logp, noise), logp.exp())
+        """z ~ softmax of the logits, mixed, with the gradient of its probabilities. Both (N, S, K); noise ~ Exp(1)."""
+        probs = mixed_softmax(logits, self.args.unimix)
+        return straight_through(sample_onehot(probs, noise), probs)
 
     def prior(self, deter):
         """Logits of p(z | h): (..., D) -> (..., S, K)."""
@@ -614,23 +632,26 @@ class RSSM(nn.Module):
 
         -> {"deter": (B, T, D), "stoch": (B, T, S, K), "logits": (B, T, S, K)} of the posterior. Only what depends on h
         is in the loop: the action layer and the embedding's part of the posterior layer are computed for all T at once.
+        With gradients the steps are computed once more, for all T at once, see ThroughTime.
         """
         (B, T), S, K = is_first.shape, self.args.stoch, self.args.classes
-        keep = 1 - is_first.float()  # (B, T)
-        action_hidden = self.action_in(self.clip(action * keep[..., None]))  # (B, T, U)
-        weight = self.post_in.weight.to(embed.dtype)  # autocast would cast a part of it anew at each step
-        weight_deter, weight_embed = weight.split([self.args.deter, embed.shape[-1]], 1)
-        embed_hidden = F.linear(embed, weight_embed, self.post_in.bias)  # (B, T, U)
+        keep = 1 - is_first.float()[..., None]  # (B, T, 1)
+        action_hidden = self.action_in(self.clip(action * keep))  # (B, T, U)
+        post_weight, embed_weight = cast(self.post_in.weight).split([self.args.deter, embed.shape[-1]], 1)
+        embed_hidden = F.linear(embed, embed_weight, self.post_in.bias)  # (B, T, U)
         noise = torch.rand(B, T, S, K, device=embed.device).log_().neg_() if noise is None else noise
-        deter, stoch, states = state["deter"], state["stoch"], []
+        inputs, weights = (keep, action_hidden, embed_hidden, noise), (cast(self.core_hidden.weight), post_weight)
+        after, steps = (state["deter"], state["stoch"]), []
         for t in range(T):
-            deter = self.core(deter * keep[:, t, None], stoch * keep[:, t, None, None], action_hidden[:, t])
-            x = F.silu(self.post_norm(F.linear(deter, weight_deter) + embed_hidden[:, t]))
-            logits = self.post_out(x).view(B, S, K)
-            stoch = self.draw(logits, noise[:, t])
-            states.append((deter, stoch, logits))
-        deter, stoch, logits = (torch.stack(x, 1) for x in zip(*states, strict=True))
-        return {"deter": deter, "stoch": stoch, "logits": logits}
+            before = [x.detach().requires_grad_(torch.is_grad_enabled()) for x in after[:2]]
+            after = self.step(*before, *(x[:, t].detach() for x in inputs), *(x.detach() for x in weights))
+            steps.append((before, after))
+        before, after = (stack_steps(x) for x in zip(*steps, strict=True))
+        if torch.is_grad_enabled():
+            flat = (x.flatten(0, 1) for x in (*(x.detach() for x in before), *inputs))
+            again = (x.unflatten(0, (B, T)) for x in self.step(*flat, *weights))
+            after = ThroughTime.apply(steps, *(x.detach() for x in after), *again)
+        return dict(zip(("deter", "stoch", "logits"), after, strict=True))
 
     def imagine(self, state, policy, horizon):
         """Roll the prior forward. state: N start states; policy: features (N, F) -> action (N, A).
@@ -638,10 +659,12 @@ class RSSM(nn.Module):
         -> features (N, H+1, F) beginning with the start, and the H actions (N, H, A).
         """
         deter, stoch, feats, actions = state["deter"], state["stoch"], [self.feat(state)], []
-        for _ in range(horizon):
+        noise = torch.rand(horizon, *stoch.shape, device=stoch.device).log_().neg_()
+        weight = cast(self.core_hidden.weight)
+        for t in range(horizon):
             actions.append(policy(feats[-1]))
-            deter = self.core(deter, stoch, self.action_in(self.clip(actions[-1])))
-            stoch = self.draw(self.prior(deter), torch.rand_like(stoch).log_().neg_())
+            deter = self.core(deter, stoch, self.action_in(self.clip(actions[-1])), weight)
+            stoch = self.draw(self.prior(deter), noise[t])
             feats.append(self.feat({"deter": deter, "stoch": stoch}))
         return torch.stack(feats, 1), torch.stack(actions, 1)
 
@@ -817,16 +840,15 @@ class Agent(nn.Module):
             post = self.rssm.observe(self.encoder(obs), action, batch["is_first"][:, 1:], state)
             feat = self.rssm.feat(post)  # (B, T, F)
             prior_logits = self.rssm.prior(post["deter"])  # (B, T, S, K)
-            recon = self.decoder(feat.detach() if args.ablate == "recon" else feat)
-            reward_logits = self.reward(feat.detach() if args.ablate == "reward_value" else feat)
+            recon = self.decoder(feat)
+            reward_logits = self.reward(feat)
             cont_logit = self.cont(feat)[..., 0]
         post_logp, prior_logp = unimix(post["logits"], args.unimix), unimix(prior_logits, args.unimix)
         losses = {}
         if self.decoder.images:  # summed over pixels: no mean, no 1/2
             losses["image"] = sum((recon[key] - obs[key] / 255).square().sum((2, 3, 4)) for key in self.decoder.images)
         if self.decoder.vectors:
-            squash = self.encoder.squash
-            losses["vector"] = sum((recon[key] - squash(obs[key])).square().sum(2) for key in self.decoder.vectors)
+            losses["vector"] = sum((recon[key] - symlog(obs[key])).square().sum(2) for key in self.decoder.vectors)
         losses["reward"] = twohot_loss(reward_logits, self.bin_values, batch["reward"][:, 1:])
         # the continue head learns the discounted probability, so imagination needs no gamma of its own
         cont = (1 - batch["is_terminal"][:, 1:].float()) * args.gamma  # (B, T)
@@ -862,8 +884,7 @@ class Agent(nn.Module):
         with self.autocast():
             logits = self.critic(imag_feat)  # (N, H+1, V)
             dist = self.actor.dist(imag_feat[:, :-1])
-            value_feat = feat.detach() if args.ablate == "reward_value" else feat  # else gradient into the world model
-            replay_logits = self.critic(value_feat)  # (B, T, V)
+            replay_logits = self.critic(feat)  # (B, T, V), with a gradient into the world model
             with torch.no_grad():
                 replay_slow = twohot_mean(self.slow_critic(feat), bins)  # (B, T)
         value = twohot_mean(logits.detach(), bins)  # (N, H+1); of the online critic, not the slow one
@@ -871,7 +892,6 @@ class Agent(nn.Module):
         percentiles = torch.stack([percentile(returns, 0.05), percentile(returns, 0.95)])  # (2)
         self.return_range.lerp_(percentiles, args.return_rate)
         scale = (self.return_range[1] - self.return_range[0]).clamp(min=1)  # max(1, S): noise is not blown up
-        scale = torch.ones_like(scale) if args.ablate == "return_norm" else scale
         weight = cont.cumprod(1)[:, :-1]  # (N, H), beginning with the continue probability of the start itself
         logp, entropy = self.actor.log_prob(dist, action), self.actor.entropy(dist)
         actor = actor_loss(logp, entropy, returns, value[:, :-1], weight, scale, args.entropy_scale)
@@ -1022,10 +1042,9 @@ class Replay:
         return {**batch, "index": index}
 
     def write(self, batch, context):
-        """Put the extras of a batch back, without its context rows. Where windows overlap the last one wins, always, so
-        that a run can be repeated bit by bit: all that is written to a row is the same.
-        """
+        """Put the extras of a batch back, without its context rows."""
         index = batch["index"][:, context:].flatten().to(self.device)  # (B*T)
+        # the last window that holds the row speaks for all that do: repeated runs are equal, whatever is written first
         order = torch.arange(len(index), device=self.device)
         last = order.new_zeros(self.length * self.num_envs).scatter_reduce_(0, index, order, "amax")[index]  # (B*T)
         for key in self.extras:
@@ -1035,19 +1054,17 @@ class Replay:
         return {"rows": self.rows, "online": self.online, "files": self.files}
 
     def save(self, folder):
-        """Write the rows added since the last call, and the extras, which change in place, whole. -> state_dict."""
+        """Write the rows added since the last call, with the extras that they have now. -> state_dict."""
         folder.mkdir(exist_ok=True)
         oldest = max(0, self.rows - self.length)
-        self.files = [file for file in self.files if file[1] > oldest and file[2].startswith("rows")]
-        saved = max([oldest] + [end for _, end, _ in self.files])
-        for kind, first in ("rows", saved), ("extras", oldest):
-            keys = [key for key in self.data if (key in self.extras) == (kind == "extras")]
-            if keys and first < self.rows:
-                a, b = first % self.length, (self.rows - 1) % self.length + 1
-                parts = [slice(a, b)] if a < b else [slice(a, None), slice(0, b)]
-                data = {key: torch.cat([self.data[key][part].cpu() for part in parts]) for key in keys}
-                self.files.append((first, self.rows, f"{kind}-{first}-{self.rows}.pt"))
-                save(folder / self.files[-1][2], **data)
+        self.files = [file for file in self.files if file[1] > oldest]
+        first = max([oldest] + [end for _, end, _ in self.files])
+        if first < self.rows:
+            a, b = first % self.length, (self.rows - 1) % self.length + 1
+            parts = [slice(a, b)] if a < b else [slice(a, None), slice(0, b)]
+            data = {key: torch.cat([ring[part].cpu() for part in parts]) for key, ring in self.data.items()}
+            self.files.append((first, self.rows, f"rows-{first}-{self.rows}.pt"))
+            save(folder / self.files[-1][2], **data)
         return self.state_dict()
 
     def sweep(self, folder):
@@ -1159,7 +1176,7 @@ def atari_envs(env_id, num_envs, args, **kwargs):
 
 # SHARED(planet, dreamerv2, dreamerv3): make_envs
 # DIFFERS(merlin): make_envs
-def make_envs(env_id, num_envs, seed, args):
+def make_envs(env_id, num_envs, seed, args, render=False):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
     family = env_id.split("/")[0]
     try:
@@ -1174,8 +1191,11 @@ def make_envs(env_id, num_envs, seed, args):
     def make():
         if family == "dm_control":
             return adapt(DMControl(env_id, args.obs, args.action_repeat, **kwargs), args, repeat=1)
-        mode = {"render_mode": "rgb_array"} if args.capture_video else {}  # an environment need not know render_mode
-        return adapt(gym.make(env_id, **mode, **kwargs), args, args.action_repeat)
+        try:
+            env = gym.make(env_id, render_mode="rgb_array", **kwargs) if render else gym.make(env_id, **kwargs)
+        except (AssertionError, TypeError):
+            env = gym.make(env_id, **kwargs)  # an environment need not know this mode
+        return adapt(env, args, args.action_repeat)
 
     try:
         if family == "ALE":
@@ -1183,17 +1203,10 @@ def make_envs(env_id, num_envs, seed, args):
         else:
             envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
     except (gym.error.Error, ValueError, TypeError, ImportError) as error:
-        near = difflib.get_close_matches(env_id, gym.registry, 3) if env_id.split(":")[-1] not in gym.registry else []
-        fail(f"--env-id {env_id}: {error}" + (f" Close matches: {', '.join(near)}" if near else ""))
+        fail(f"--env-id {env_id}: {error}")
     sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
     if len(sizes) > 1 or any(side not in SIDES for size in sizes for side in size):
         fail(f"--env-id {env_id}: images of {sizes}; allowed: one size, sides among {list(SIDES)}")
-    if args.capture_video and not sizes:
-        try:
-            envs.reset(seed=seed)
-            assert envs.render() is not None, "no picture"
-        except Exception as error:
-            fail(f"--capture-video: {env_id} cannot be rendered here ({error}); allowed: with a renderer installed")
     envs.action_space.seed(seed)  # reset does not
     return envs
 
@@ -1269,7 +1282,7 @@ def open_loop(agent, batch):
         last, plan = {key: x[:, -1] for key, x in post.items()}, iter(action[:, seen:].unbind(1))
         feat, _ = agent.rssm.imagine(last, lambda _: next(plan), is_first.shape[1] - seen)
         model = picture(agent.decoder(torch.cat([agent.rssm.feat(post), feat[:, 1:]], 1)))
-    truth = picture({key: x if x.dtype == torch.uint8 else agent.encoder.squash(x) for key, x in obs.items()})
+    truth = picture({key: x if x.dtype == torch.uint8 else symlog(x) for key, x in obs.items()})
     return film(torch.cat([truth, model, (model - truth + 255) / 2], 2), seen)
 
 
@@ -1286,6 +1299,16 @@ def dream(agent, args, steps=64):
         return film(picture(agent.decoder(feat)), seen=1)
 
 
+# SHARED(planet, dreamerv2, dreamerv3, merlin): frame
+def frame(envs, row, agent):
+    """The first environment as it renders itself, where it can, else as the agent sees it. -> uint8 (H, W, 3)."""
+    try:
+        return np.asarray(envs.render()[0], np.uint8)
+    except Exception:  # there is no end to what renderers raise
+        seen = picture({key: torch.as_tensor(row[key][:1, None]) for key in agent.decoder.shapes})
+        return seen[0, 0].to(torch.uint8).numpy()
+
+
 # SHARED(planet, dreamerv2, dreamerv3, merlin): evaluate
 # DIFFERS(gumbel_softmax): evaluate
 def evaluate(agent, args, episodes, video=None):
@@ -1295,15 +1318,13 @@ def evaluate(agent, args, episodes, video=None):
     """
     N = min(episodes, 8)
     wanted = [episodes // N + (n < episodes % N) for n in range(N)]  # each its share: no bias to short episodes
-    envs, scores, frames = make_envs(args.env_id, N, args.seed, args), [[] for _ in range(N)], []
+    envs, scores, frames = make_envs(args.env_id, N, args.seed, args, bool(video)), [[] for _ in range(N)], []
     with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
         torch.manual_seed(args.seed + 1_000)
         row, state, total = start_row(envs, args.seed + 1_000), agent.initial(N), np.zeros(N)
         while any(len(score) < share for score, share in zip(scores, wanted, strict=True)):
             if video and not scores[0]:
-                seen = picture({key: torch.as_tensor(row[key][:1, None]) for key in agent.decoder.shapes})[0, 0]
-                rendered = args.capture_video and not agent.decoder.images
-                frames.append(np.array(envs.render()[0]) if rendered else seen.to(torch.uint8).numpy())
+                frames.append(frame(envs, row, agent))
             action, state = agent.act(row, row["is_first"], state, eval=True)
             row = next_row(envs, action, row)
             total = total * ~row["is_first"] + row["reward"]
@@ -1376,7 +1397,7 @@ def restore_weights(agent, state, path):
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     state = load(path, "cpu", need=("args", "agent"))
-    free = ("eval", "dream", "eval_episodes", "seed", "device", "capture_video")
+    free = ("eval", "dream", "eval_episodes", "seed", "device")
     args = resolve(merge(args or Args(), path, state["args"], free))
     envs = make_envs(args.env_id, 1, args.seed, args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
@@ -1431,8 +1452,8 @@ def open_writer(args, run_dir, step):
     if args.track:
         import wandb
 
-        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name)
-        wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
+        names = dict(name=run_dir.name, id=run_dir.name, config=asdict(args))
+        wandb.init(**names, resume="allow", sync_tensorboard=True, save_code=True)
     writer = SummaryWriter(run_dir, purge_step=step + 1 if step else None)
     table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", step)
@@ -1473,12 +1494,12 @@ def record(writer, args, now, stats, spent, since, replay):
 
 # SHARED(planet, dreamerv2, dreamerv3): checkpoint
 # DIFFERS(merlin): checkpoint
-def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
+def checkpoint(args, run_dir, agent, replay, now, writer):
     """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint and the files it names."""
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
-    parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now, "state": state}
-    parts |= {"replay": replay.save(run_dir / "replay"), "row": {key: torch.as_tensor(x) for key, x in row.items()}}
-    parts |= {"random": torch.get_rng_state(), "cuda_random": cuda, "args": asdict(args)}
+    parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now}
+    parts |= {"replay": replay.save(run_dir / "replay"), "args": asdict(args)}
+    parts |= {"random": torch.get_rng_state(), "cuda_random": cuda}
     save(run_dir / "checkpoint.pt", **parts, source=SOURCE)
     replay.sweep(run_dir / "replay")
     writer.flush()
@@ -1486,34 +1507,18 @@ def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
 
 # SHARED(planet, dreamerv2, dreamerv3): restore
 # DIFFERS(merlin): restore
-def restore(saved, args, agent, replay, envs, run_dir):
-    """Bring agent, replay, environments and random state to where the checkpoint was taken. -> now, row, agent state.
+def restore(saved, args, agent, replay, run_dir):
+    """Bring agent, replay and random state to where the checkpoint was taken. -> now.
 
-    Environments are rebuilt from the seed of their last reset and the actions since then, which lie in the replay.
-    Where that is impossible, takes too long, or gives another observation, new episodes begin instead.
+    New episodes begin: the interrupted ones stand in the replay as abandoned.
     """
     restore_weights(agent, saved["agent"], args.resume)
     agent.optimizer.load_state_dict(saved["optimizer"])
     replay.load(run_dir / "replay", saved["replay"])
-    now, state = saved["now"], {key: x.to(agent.device) for key, x in saved["state"].items()}
-    row, began = start_row(envs, now["seed"]), time.time()
-    place = torch.arange(now["seed_row"], replay.rows) % replay.length
-    print(f"resume    {len(place):,} steps of the environments are played again, for 5 minutes at most", flush=True)
-    rebuilt = len(place) <= replay.length
-    for action in replay.data["action"][place].cpu().numpy() if rebuilt else []:
-        row = next_row(envs, action, row)
-        if time.time() - began > 300:
-            rebuilt = False
-            break
-    if not rebuilt or not all(np.array_equal(row[key], saved["row"][key].numpy()) for key in row):
-        print("the environments could not be rebuilt: new episodes begin, the interrupted ones are abandoned")
-        now.update(seed=args.seed + replay.rows, seed_row=replay.rows)
-        now.update(returns=[0.0] * args.num_envs, lengths=[0] * args.num_envs)
-        row = start_row(envs, now["seed"])
     torch.set_rng_state(saved["random"].cpu())
     if agent.device.type == "cuda" and saved["cuda_random"] is not None:
         torch.cuda.set_rng_state(saved["cuda_random"].cpu(), agent.device)
-    return now, row, state
+    return {**saved["now"], "returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
 
 
 # DIFFERS(planet, dreamerv2, merlin, gumbel_softmax): learn
@@ -1561,10 +1566,7 @@ def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
             if replay.windows(rows):
                 video = open_loop(agent, replay.sample(6, rows, online=False))
                 save_gif(run_dir / "open_loop.gif", video, writer, now["step"])
-            checkpoint(args, run_dir, agent, replay, now, row, state, writer)
-            if args.capture_video:
-                scores = evaluate(agent, args, 1, run_dir / f"episode-{now['step']}.gif")
-                writer.add_scalar("eval/episodic_return", scores[0], now["step"])
+            checkpoint(args, run_dir, agent, replay, now, writer)
     return finite(stats)
 
 
@@ -1600,13 +1602,12 @@ def train(args: Args) -> dict:
     except OSError as error:
         fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
     describe(args, agent, replay, run_dir, needed)
-    # now: all that a run knows beside weights and replay; seed_row: when the environments were last seeded
-    now = {"step": 0, "updates": 0, "first_step": None, "seed": args.seed, "seed_row": 0, "recent": []}
+    # now: all that a run knows beside weights and replay
+    now = {"step": 0, "updates": 0, "first_step": None, "recent": []}
     now |= {"returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
     if saved:
-        now, row, state = restore(saved, args, agent, replay, envs, run_dir)
-    else:
-        row = start_row(envs, args.seed)
+        now = restore(saved, args, agent, replay, run_dir)
+    row = start_row(envs, args.seed + now["step"])
     writer = open_writer(args, run_dir, now["step"])
     try:
         stats = learn(args, agent, replay, envs, row, state, now, writer, run_dir)

@@ -40,8 +40,6 @@ Differs from the paper, on purpose:
 - A time-out bootstraps, as everywhere in this repository; the paper does not speak of it.
 - A full memory gives up the row read least per step since it was written; the paper's sum of reads would give up the
   newest, always. The predictor's reads count, not the policy's. Both matter in episodes longer than the memory only.
-- Every checkpoint begins new episodes, so that a run killed and resumed equals one left alone, without the state of the
-  environments. Of an episode longer than checkpoint_every / num_envs steps the end is never seen.
 - The image decoder doubles its resolution by repeating pixels before a block, not by transposed convolutions.
 - The image encoder has a layer norm before its tanh, which Adam drives into saturation within 100 updates otherwise.
 - All alphas are ours, as are rates, discount and entropy of size small: found on the memory game. What of observations
@@ -49,7 +47,6 @@ Differs from the paper, on purpose:
 """
 
 import ctypes
-import difflib
 import importlib.util
 import io
 import json
@@ -121,10 +118,7 @@ class Args:
     eval: str | None = None  # run folder or checkpoint to evaluate
     eval_episodes: int = 10  # episodes of --eval
     analyse: str | None = None  # run folder or checkpoint to draw analysis.png of (needs matplotlib)
-    capture_video: bool = False  # GIF of an episode at each checkpoint; agents that see only vectors: as rendered
-    track: bool = False  # mirror TensorBoard to Weights & Biases (after: pip install wandb)
-    wandb_project_name: str = "cleandream"  # with --track
-    wandb_entity: str | None = None  # with --track
+    track: bool = False  # mirror TensorBoard to Weights & Biases (pip install wandb; WANDB_PROJECT, WANDB_ENTITY)
 
 
 PAPER = dict(total_timesteps=100_000_000, num_envs=32, window=20, checkpoint_every=1_000_000, gamma=0.96, lam=0.9)
@@ -135,7 +129,7 @@ SMALL |= dict(learning_rate=3e-3, policy_learning_rate=1e-3, stoch=16, hidden=64
 DEBUG = {**SMALL, "total_timesteps": 2_000, "num_envs": 8, "window": 8, "checkpoint_every": 1_000, "rows": 10}
 DEBUG |= dict(stoch=4, hidden=8, units=8, depth=4, keys=2)
 SIZES = {"debug": DEBUG, "small": SMALL, "paper": PAPER}
-OF_A_CALL = ("device", "capture_video", "track")  # flags that a checkpoint does not hand on
+OF_A_CALL = ("device", "track")  # flags that a checkpoint does not hand on
 SIDES = (64,)  # of images: the decoder ends at 64
 
 
@@ -190,14 +184,14 @@ def kl_gaussian(mean, std, mean2, std2):
 
 # SHARED(dreamerv2, dreamerv3, merlin): sample_onehot
 # DIFFERS(gumbel_softmax): sample_onehot
-def sample_onehot(logp, noise=None):
+def sample_onehot(probs, noise=None):
     """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
 
-    logp: (..., K) log-probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
+    probs: (..., K) probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
     """
-    noise = torch.rand_like(logp).log_().neg_() if noise is None else noise
-    index = (logp.detach().exp() / noise).argmax(-1, keepdim=True)
-    return torch.zeros_like(logp).scatter_(-1, index, 1.0)
+    noise = torch.rand_like(probs).log_().neg_() if noise is None else noise
+    index = (probs.detach() / noise).argmax(-1, keepdim=True)
+    return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
 
 def read(memory, keys, strengths):
@@ -601,7 +595,7 @@ class Agent(nn.Module):
         """What of acting runs on the device: {obs, reward, is_first, greedy, state/...} -> outputs, noise, state/..."""
         state = self.forget(state_of(inputs), inputs["is_first"])
         noise = torch.randn(len(inputs["reward"]), self.args.stoch, device=self.device)  # (N, Z)
-        draw = lambda logits: sample_onehot(logits.log_softmax(-1))
+        draw = lambda logits: sample_onehot(logits.softmax(-1))
         choose = lambda logits: torch.where(inputs["greedy"], self.onehot(logits.argmax(-1)), draw(logits))
         outputs, state = self.tick(self.encoder(inputs, state["action"], inputs["reward"]), state, noise, choose)
         return {**outputs, "noise": noise, **{f"state/{key}": x for key, x in state.items()}}
@@ -860,7 +854,7 @@ def atari_envs(env_id, num_envs, args, **kwargs):
 
 
 # DIFFERS(planet, dreamerv2, dreamerv3): make_envs
-def make_envs(env_id, num_envs, seed, args):
+def make_envs(env_id, num_envs, seed, args, render=False):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete actions."""
     family = env_id.split("/")[0]
     try:
@@ -874,8 +868,11 @@ def make_envs(env_id, num_envs, seed, args):
         gym.register_envs(ale_py)
 
     def make():
-        mode = {"render_mode": "rgb_array"} if args.capture_video else {}  # an environment need not know render_mode
-        return adapt(gym.make(env_id, **mode, **kwargs), args, args.action_repeat)
+        try:
+            env = gym.make(env_id, render_mode="rgb_array", **kwargs) if render else gym.make(env_id, **kwargs)
+        except (AssertionError, TypeError):
+            env = gym.make(env_id, **kwargs)  # an environment need not know this mode
+        return adapt(env, args, args.action_repeat)
 
     try:
         if family == "ALE":
@@ -883,17 +880,10 @@ def make_envs(env_id, num_envs, seed, args):
         else:
             envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
     except (gym.error.Error, ValueError, TypeError, ImportError) as error:
-        near = difflib.get_close_matches(env_id, gym.registry, 3) if env_id.split(":")[-1] not in gym.registry else []
-        fail(f"--env-id {env_id}: {error}" + (f" Close matches: {', '.join(near)}" if near else ""))
+        fail(f"--env-id {env_id}: {error}")
     sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
     if len(sizes) > 1 or any(side not in SIDES for size in sizes for side in size):
         fail(f"--env-id {env_id}: images of {sizes}; allowed: one size, sides among {list(SIDES)}")
-    if args.capture_video and not sizes:
-        try:
-            envs.reset(seed=seed)
-            assert envs.render() is not None, "no picture"
-        except Exception as error:
-            fail(f"--capture-video: {env_id} cannot be rendered here ({error}); allowed: with a renderer installed")
     envs.action_space.seed(seed)  # reset does not
     return envs
 
@@ -996,6 +986,16 @@ def shown(x, decoder, key, seen=False):
     return x.sigmoid().T
 
 
+# SHARED(planet, dreamerv2, dreamerv3, merlin): frame
+def frame(envs, row, agent):
+    """The first environment as it renders itself, where it can, else as the agent sees it. -> uint8 (H, W, 3)."""
+    try:
+        return np.asarray(envs.render()[0], np.uint8)
+    except Exception:  # there is no end to what renderers raise
+        seen = picture({key: torch.as_tensor(row[key][:1, None]) for key in agent.decoder.shapes})
+        return seen[0, 0].to(torch.uint8).numpy()
+
+
 # SHARED(planet, dreamerv2, dreamerv3, merlin): evaluate
 # DIFFERS(gumbel_softmax): evaluate
 def evaluate(agent, args, episodes, video=None):
@@ -1005,15 +1005,13 @@ def evaluate(agent, args, episodes, video=None):
     """
     N = min(episodes, 8)
     wanted = [episodes // N + (n < episodes % N) for n in range(N)]  # each its share: no bias to short episodes
-    envs, scores, frames = make_envs(args.env_id, N, args.seed, args), [[] for _ in range(N)], []
+    envs, scores, frames = make_envs(args.env_id, N, args.seed, args, bool(video)), [[] for _ in range(N)], []
     with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
         torch.manual_seed(args.seed + 1_000)
         row, state, total = start_row(envs, args.seed + 1_000), agent.initial(N), np.zeros(N)
         while any(len(score) < share for score, share in zip(scores, wanted, strict=True)):
             if video and not scores[0]:
-                seen = picture({key: torch.as_tensor(row[key][:1, None]) for key in agent.decoder.shapes})[0, 0]
-                rendered = args.capture_video and not agent.decoder.images
-                frames.append(np.array(envs.render()[0]) if rendered else seen.to(torch.uint8).numpy())
+                frames.append(frame(envs, row, agent))
             action, state = agent.act(row, row["is_first"], state, eval=True)
             row = next_row(envs, action, row)
             total = total * ~row["is_first"] + row["reward"]
@@ -1085,7 +1083,7 @@ def restore_weights(agent, state, path):
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     state = load(path, "cpu", need=("args", "agent"))
-    free = ("eval", "analyse", "eval_episodes", "seed", "device", "capture_video")
+    free = ("eval", "analyse", "eval_episodes", "seed", "device")
     args = resolve(merge(args or Args(), path, state["args"], free))
     envs = make_envs(args.env_id, 1, args.seed, args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
@@ -1138,8 +1136,8 @@ def open_writer(args, run_dir, step):
     if args.track:
         import wandb
 
-        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name)
-        wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
+        names = dict(name=run_dir.name, id=run_dir.name, config=asdict(args))
+        wandb.init(**names, resume="allow", sync_tensorboard=True, save_code=True)
     writer = SummaryWriter(run_dir, purge_step=step + 1 if step else None)
     table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", step)
@@ -1179,7 +1177,7 @@ def record(writer, args, now, stats, spent, since):
 
 # DIFFERS(planet, dreamerv2, dreamerv3): checkpoint
 def checkpoint(args, run_dir, agent, now, writer):
-    """Write all that a resumed run needs; environments and state of the agent begin anew after each checkpoint."""
+    """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint."""
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
     parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now}
     parts |= {"random": torch.get_rng_state(), "cuda_random": cuda, "args": asdict(args)}
@@ -1189,7 +1187,7 @@ def checkpoint(args, run_dir, agent, now, writer):
 
 # DIFFERS(planet, dreamerv2, dreamerv3): restore
 def restore(saved, args, agent):
-    """Bring agent and random state to where the checkpoint was taken. -> now."""
+    """Bring agent and random state to where the checkpoint was taken; new episodes begin. -> now."""
     restore_weights(agent, saved["agent"], args.resume)
     for group in saved["optimizer"]["param_groups"]:
         group["capturable"] = agent.device.type == "cuda"  # the run may have begun on another device
@@ -1197,7 +1195,7 @@ def restore(saved, args, agent):
     torch.set_rng_state(saved["random"].cpu())
     if agent.device.type == "cuda" and saved["cuda_random"] is not None:
         torch.cuda.set_rng_state(saved["cuda_random"].cpu(), agent.device)
-    return saved["now"]
+    return {**saved["now"], "returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
 
 
 def collect(args, agent, envs, row, state, now, writer, spent):
@@ -1250,12 +1248,7 @@ def learn(args, agent, envs, now, writer, run_dir):
             since, spent = (time.time(), now["step"]), dict.fromkeys(spent, 0.0)
         if before // args.checkpoint_every < now["step"] // args.checkpoint_every or done:
             finite(stats)
-            now.update(returns=[0.0] * args.num_envs, lengths=[0] * args.num_envs)
             checkpoint(args, run_dir, agent, now, writer)
-            if args.capture_video:
-                scores = evaluate(agent, args, 1, run_dir / f"episode-{now['step']}.gif")
-                writer.add_scalar("eval/episodic_return", scores[0], now["step"])
-            row, state = start_row(envs, args.seed + now["step"]), agent.initial(args.num_envs)
     return finite(stats)
 
 

@@ -47,7 +47,6 @@ Differs from the paper, on purpose:
 """
 
 import ctypes
-import difflib
 import importlib.util
 import io
 import json
@@ -121,10 +120,7 @@ class Args:
     eval: str | None = None  # run folder or checkpoint to evaluate
     eval_episodes: int = 10  # episodes of --eval
     dream: str | None = None  # run folder or checkpoint to roll out in imagination, as dream.gif
-    capture_video: bool = False  # GIF of an episode at each checkpoint; agents that see only vectors: as rendered
-    track: bool = False  # mirror TensorBoard to Weights & Biases (after: pip install wandb)
-    wandb_project_name: str = "cleandream"  # with --track
-    wandb_entity: str | None = None  # with --track
+    track: bool = False  # mirror TensorBoard to Weights & Biases (pip install wandb; WANDB_PROJECT, WANDB_ENTITY)
 
 
 RUN = dict(total_timesteps=125_000, batch_size=50, batch_length=50, seed_episodes=5, collect_interval=100)
@@ -137,7 +133,7 @@ SMALL = dict(iterations=5, candidates=300, top=30, stoch=16, deter=64, hidden=64
 SIZES = {"debug": DEBUG, "small": SMALL, "paper": {}}
 
 REPEATS = {"cartpole": 8, "reacher": 4, "cheetah": 4, "finger": 2, "ball_in_cup": 4, "walker": 2}  # the paper's
-OF_A_CALL = ("device", "capture_video", "track")  # flags that a checkpoint does not hand on
+OF_A_CALL = ("device", "track")  # flags that a checkpoint does not hand on
 SIDES = (64,)  # of images: the transposed convolutions end at 64
 
 
@@ -940,7 +936,7 @@ def atari_envs(env_id, num_envs, args, **kwargs):
 
 # SHARED(planet, dreamerv2, dreamerv3): make_envs
 # DIFFERS(merlin): make_envs
-def make_envs(env_id, num_envs, seed, args):
+def make_envs(env_id, num_envs, seed, args, render=False):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
     family = env_id.split("/")[0]
     try:
@@ -955,8 +951,11 @@ def make_envs(env_id, num_envs, seed, args):
     def make():
         if family == "dm_control":
             return adapt(DMControl(env_id, args.obs, args.action_repeat, **kwargs), args, repeat=1)
-        mode = {"render_mode": "rgb_array"} if args.capture_video else {}  # an environment need not know render_mode
-        return adapt(gym.make(env_id, **mode, **kwargs), args, args.action_repeat)
+        try:
+            env = gym.make(env_id, render_mode="rgb_array", **kwargs) if render else gym.make(env_id, **kwargs)
+        except (AssertionError, TypeError):
+            env = gym.make(env_id, **kwargs)  # an environment need not know this mode
+        return adapt(env, args, args.action_repeat)
 
     try:
         if family == "ALE":
@@ -964,17 +963,10 @@ def make_envs(env_id, num_envs, seed, args):
         else:
             envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
     except (gym.error.Error, ValueError, TypeError, ImportError) as error:
-        near = difflib.get_close_matches(env_id, gym.registry, 3) if env_id.split(":")[-1] not in gym.registry else []
-        fail(f"--env-id {env_id}: {error}" + (f" Close matches: {', '.join(near)}" if near else ""))
+        fail(f"--env-id {env_id}: {error}")
     sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
     if len(sizes) > 1 or any(side not in SIDES for size in sizes for side in size):
         fail(f"--env-id {env_id}: images of {sizes}; allowed: one size, sides among {list(SIDES)}")
-    if args.capture_video and not sizes:
-        try:
-            envs.reset(seed=seed)
-            assert envs.render() is not None, "no picture"
-        except Exception as error:
-            fail(f"--capture-video: {env_id} cannot be rendered here ({error}); allowed: with a renderer installed")
     envs.action_space.seed(seed)  # reset does not
     return envs
 
@@ -1081,6 +1073,16 @@ def dream(agent, args, steps=45):
         return film(picture(shown(agent.decoder(torch.stack(feats, 1)))), seen=1)
 
 
+# SHARED(planet, dreamerv2, dreamerv3, merlin): frame
+def frame(envs, row, agent):
+    """The first environment as it renders itself, where it can, else as the agent sees it. -> uint8 (H, W, 3)."""
+    try:
+        return np.asarray(envs.render()[0], np.uint8)
+    except Exception:  # there is no end to what renderers raise
+        seen = picture({key: torch.as_tensor(row[key][:1, None]) for key in agent.decoder.shapes})
+        return seen[0, 0].to(torch.uint8).numpy()
+
+
 # SHARED(planet, dreamerv2, dreamerv3, merlin): evaluate
 # DIFFERS(gumbel_softmax): evaluate
 def evaluate(agent, args, episodes, video=None):
@@ -1090,15 +1092,13 @@ def evaluate(agent, args, episodes, video=None):
     """
     N = min(episodes, 8)
     wanted = [episodes // N + (n < episodes % N) for n in range(N)]  # each its share: no bias to short episodes
-    envs, scores, frames = make_envs(args.env_id, N, args.seed, args), [[] for _ in range(N)], []
+    envs, scores, frames = make_envs(args.env_id, N, args.seed, args, bool(video)), [[] for _ in range(N)], []
     with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
         torch.manual_seed(args.seed + 1_000)
         row, state, total = start_row(envs, args.seed + 1_000), agent.initial(N), np.zeros(N)
         while any(len(score) < share for score, share in zip(scores, wanted, strict=True)):
             if video and not scores[0]:
-                seen = picture({key: torch.as_tensor(row[key][:1, None]) for key in agent.decoder.shapes})[0, 0]
-                rendered = args.capture_video and not agent.decoder.images
-                frames.append(np.array(envs.render()[0]) if rendered else seen.to(torch.uint8).numpy())
+                frames.append(frame(envs, row, agent))
             action, state = agent.act(row, row["is_first"], state, eval=True)
             row = next_row(envs, action, row)
             total = total * ~row["is_first"] + row["reward"]
@@ -1211,7 +1211,7 @@ def upper_bound(args):
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     state = load(path, "cpu", need=("args", "agent"))
-    free = ("eval", "dream", "eval_episodes", "seed", "device", "capture_video")
+    free = ("eval", "dream", "eval_episodes", "seed", "device")
     args = resolve(merge(args or Args(), path, state["args"], free))
     envs = make_envs(args.env_id, 1, args.seed, args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
@@ -1268,8 +1268,8 @@ def open_writer(args, run_dir, step):
     if args.track:
         import wandb
 
-        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name)
-        wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
+        names = dict(name=run_dir.name, id=run_dir.name, config=asdict(args))
+        wandb.init(**names, resume="allow", sync_tensorboard=True, save_code=True)
     writer = SummaryWriter(run_dir, purge_step=step + 1 if step else None)
     table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", step)
@@ -1310,12 +1310,12 @@ def record(writer, args, now, stats, spent, since, replay):
 
 # SHARED(planet, dreamerv2, dreamerv3): checkpoint
 # DIFFERS(merlin): checkpoint
-def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
+def checkpoint(args, run_dir, agent, replay, now, writer):
     """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint and the files it names."""
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
-    parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now, "state": state}
-    parts |= {"replay": replay.save(run_dir / "replay"), "row": {key: torch.as_tensor(x) for key, x in row.items()}}
-    parts |= {"random": torch.get_rng_state(), "cuda_random": cuda, "args": asdict(args)}
+    parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now}
+    parts |= {"replay": replay.save(run_dir / "replay"), "args": asdict(args)}
+    parts |= {"random": torch.get_rng_state(), "cuda_random": cuda}
     save(run_dir / "checkpoint.pt", **parts, source=SOURCE)
     replay.sweep(run_dir / "replay")
     writer.flush()
@@ -1323,34 +1323,18 @@ def checkpoint(args, run_dir, agent, replay, now, row, state, writer):
 
 # SHARED(planet, dreamerv2, dreamerv3): restore
 # DIFFERS(merlin): restore
-def restore(saved, args, agent, replay, envs, run_dir):
-    """Bring agent, replay, environments and random state to where the checkpoint was taken. -> now, row, agent state.
+def restore(saved, args, agent, replay, run_dir):
+    """Bring agent, replay and random state to where the checkpoint was taken. -> now.
 
-    Environments are rebuilt from the seed of their last reset and the actions since then, which lie in the replay.
-    Where that is impossible, takes too long, or gives another observation, new episodes begin instead.
+    New episodes begin: the interrupted ones stand in the replay as abandoned.
     """
     restore_weights(agent, saved["agent"], args.resume)
     agent.optimizer.load_state_dict(saved["optimizer"])
     replay.load(run_dir / "replay", saved["replay"])
-    now, state = saved["now"], {key: x.to(agent.device) for key, x in saved["state"].items()}
-    row, began = start_row(envs, now["seed"]), time.time()
-    place = torch.arange(now["seed_row"], replay.rows) % replay.length
-    print(f"resume    {len(place):,} steps of the environments are played again, for 5 minutes at most", flush=True)
-    rebuilt = len(place) <= replay.length
-    for action in replay.data["action"][place].cpu().numpy() if rebuilt else []:
-        row = next_row(envs, action, row)
-        if time.time() - began > 300:
-            rebuilt = False
-            break
-    if not rebuilt or not all(np.array_equal(row[key], saved["row"][key].numpy()) for key in row):
-        print("the environments could not be rebuilt: new episodes begin, the interrupted ones are abandoned")
-        now.update(seed=args.seed + replay.rows, seed_row=replay.rows)
-        now.update(returns=[0.0] * args.num_envs, lengths=[0] * args.num_envs)
-        row = start_row(envs, now["seed"])
     torch.set_rng_state(saved["random"].cpu())
     if agent.device.type == "cuda" and saved["cuda_random"] is not None:
         torch.cuda.set_rng_state(saved["cuda_random"].cpu(), agent.device)
-    return now, row, state
+    return {**saved["now"], "returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
 
 
 # DIFFERS(dreamerv2, dreamerv3, merlin, gumbel_softmax): learn
@@ -1397,11 +1381,9 @@ def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
             if replay.windows(rows):
                 video = open_loop(agent, replay.sample(6, rows))
                 save_gif(run_dir / "open_loop.gif", video, writer, now["step"])
-            checkpoint(args, run_dir, agent, replay, now, row, state, writer)
-            if args.capture_video or args.collect == "random":  # whose training returns say nothing of the planner
-                path = run_dir / f"episode-{now['step']}.gif" if args.capture_video else None
-                scores = evaluate(agent, args, 1, path)
-                writer.add_scalar("eval/episodic_return", scores[0], now["step"])
+            checkpoint(args, run_dir, agent, replay, now, writer)
+            if args.collect == "random":  # whose training returns say nothing of the planner
+                writer.add_scalar("eval/episodic_return", evaluate(agent, args, 1)[0], now["step"])
     return finite(stats)
 
 
@@ -1438,13 +1420,12 @@ def train(args: Args) -> dict:
     except OSError as error:
         fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
     describe(args, agent, replay, run_dir)
-    # now: all that a run knows beside weights and replay; seed_row: when the environments were last seeded
-    now = {"step": 0, "updates": 0, "episodes": 0, "seed": args.seed, "seed_row": 0, "recent": []}
+    # now: all that a run knows beside weights and replay
+    now = {"step": 0, "updates": 0, "episodes": 0, "recent": []}
     now |= {"returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
     if saved:
-        now, row, state = restore(saved, args, agent, replay, envs, run_dir)
-    else:
-        row = start_row(envs, args.seed)
+        now = restore(saved, args, agent, replay, run_dir)
+    row = start_row(envs, args.seed + now["step"])
     writer = open_writer(args, run_dir, now["step"])
     try:
         stats = learn(args, agent, replay, envs, row, state, now, writer, run_dir)

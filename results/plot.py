@@ -2,7 +2,7 @@
 """Curves: python results/plot.py NAME runs/A runs/B ... [--published BENCHMARK,METHOD,TASK] [--window 10] [--by FLAG]
 
 Reads the TensorBoard files of the runs, writes NAME.csv (one row per training episode) and NAME.png next to this file.
---by ablate draws one curve for all runs of one value of the flag --ablate: mean over runs, band from least to greatest.
+--by exp-name draws one curve for all runs of one value of that flag: mean over runs, band from least to greatest.
 --by prior,alpha-obs one for each combination, named by those values that most runs do not have.
 A published curve comes from published.csv (columns benchmark, method, task, step, mean), if that file is here.
 Needs matplotlib, which the algorithms do not: pip install matplotlib

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What every agent promises: the same suite over the same contract. To have a further file tested, add its name."""
 
+import copy
 import dataclasses
 import importlib
 import io
@@ -225,8 +226,8 @@ def test_eval_is_noiseless(module, monkeypatch, action):
     """For equal states, eval=True gives one action, where acting in training gives many."""
     agent, replay = experience(module, f"Tiny-both-{action}-v0")
     if hasattr(agent, "actor"):
-        real, mode = module.sample_onehot, lambda logp: torch.eye(logp.shape[-1])[logp.argmax(-1)]
-        latents_without_noise = lambda logp, noise=None: real(logp) if noise is None else mode(logp)
+        real, mode = module.sample_onehot, lambda probs: torch.eye(probs.shape[-1])[probs.argmax(-1)]
+        latents_without_noise = lambda probs, noise=None: real(probs) if noise is None else mode(probs)
         monkeypatch.setattr(module, "sample_onehot", latents_without_noise)
     else:  # a plan rests on random candidates: the same plan for all
         monkeypatch.setattr(agent, "captured_plan", lambda state: {"action": torch.zeros(64, agent.action_size)})
@@ -396,7 +397,7 @@ def test_training_sees_the_action_before(module, action):
 @pytest.mark.parametrize("action", ["discrete", "box"])
 def test_acting_and_training_agree(module, monkeypatch, action):
     """Without sampling noise, training on stored rows gives the states that acting went through, across resets."""
-    mode = lambda logp, noise=None: torch.zeros_like(logp).scatter_(-1, logp.argmax(-1, keepdim=True), 1.0)
+    mode = lambda probs, noise=None: torch.zeros_like(probs).scatter_(-1, probs.argmax(-1, keepdim=True), 1.0)
     monkeypatch.setattr(module, "sample_onehot", mode)
     agent, replay = experience(module, f"Tiny-both-{action}-v0", rows=80, num_envs=1)
     resets = replay.data["is_first"][:60, 0].nonzero()[1:6, 0]
@@ -458,6 +459,41 @@ def test_ends_are_told_apart(module):
                 expected.append(terminated)
                 env.reset()
         assert mine == expected and len(set(mine)) == 2
+
+
+class Painted(gym.Env):
+    """Three steps an episode; sees one number, and renders itself as a red field of 30 x 40."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+    observation_space, action_space = spaces.Box(-1, 1, (1,)), BOX
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        self.count = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.count += 1
+        return np.zeros(1, np.float32), 1.0, self.count == 3, False, {}
+
+    def render(self):
+        return np.full((30, 40, 3), (255, 0, 0), np.uint8) if self.render_mode else None
+
+
+def test_evaluation_is_filmed_as_rendered(module, tmp_path):
+    """eval.gif shows the environment as it renders itself; training does not ask it to."""
+    gym.register("Painted-v0", Painted)
+    try:
+        agent, _ = experience(module, "Painted-v0")
+        assert module.evaluate(agent, agent.args, 1, tmp_path / "eval.gif") == [3.0]
+        film = Image.open(tmp_path / "eval.gif")
+        assert film.size == (40, 30) and film.convert("RGB").getpixel((5, 5)) == (255, 0, 0)
+        envs = module.make_envs("Painted-v0", 1, 0, agent.args)
+        assert envs.envs[0].unwrapped.render_mode is None
+    finally:
+        del gym.registry["Painted-v0"]
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------
@@ -679,16 +715,24 @@ def final(module, made, result):
     return {"saved": saved, "data": dict(replay.data), "played": played(module, agent)}
 
 
+def everything(agent, replay, now):
+    """A copy of what a checkpoint must bring back. returns, lengths: of episodes that a resumed run does not go on."""
+    now = {key: x for key, x in now.items() if key not in ("returns", "lengths")}
+    parts = agent.state_dict(), agent.optimizer.state_dict(), now, torch.get_rng_state()
+    counters = {key: x for key, x in replay.state_dict().items() if key != "files"}
+    return copy.deepcopy([*parts, counters, dict(replay.data)])
+
+
 @pytest.mark.parametrize("env_id,where", [("Tiny-vector-box-v0", "step"), ("Tiny-image-discrete-v0", "save")])
 def test_resume_is_exact(module, tmp_path, made, monkeypatch, env_id, where):
-    """N steps are N/2 steps, a kill, and a resume, bit for bit: weights, optimiser, replay, random state, actions.
+    """All that was saved is restored bit for bit, and two resumes of one checkpoint end alike, bit for bit: weights,
+    optimiser, replay, random state, actions.
 
     step: killed long after the checkpoint. save: killed while the next one is written, after the files of the replay.
     """
     flags = dict(num_envs=3, total_timesteps=160, checkpoint_every=80)
-    expected = final(module, made, module.train(short(module, env_id, tmp_path / "straight", **flags)))
     calls, name = itertools.count(), {"step": "next_row", "save": "save"}[where]
-    real = getattr(module, name)
+    real, save, saves, restores = getattr(module, name), module.checkpoint, [], []
 
     def killed(*args, **kwargs):
         saving = where == "save" and pathlib.Path(args[0]).name == "checkpoint.pt"
@@ -696,30 +740,44 @@ def test_resume_is_exact(module, tmp_path, made, monkeypatch, env_id, where):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
+    def saved_as(args, run_dir, agent, replay, now, writer):
+        saves.append(everything(agent, replay, now))
+        return save(args, run_dir, agent, replay, now, writer)
+
     monkeypatch.setattr(module, name, killed)
+    monkeypatch.setattr(module, "checkpoint", saved_as)
     with pytest.raises(KeyboardInterrupt):
         module.train(short(module, env_id, tmp_path / "killed", **flags))
     monkeypatch.setattr(module, name, real)
+    monkeypatch.setattr(module, "checkpoint", save)
     (run,) = (tmp_path / "killed").iterdir()
     saved = module.load(run, "cpu")
     assert 80 <= saved["now"]["step"] < 83 and saved["now"]["updates"] > 3
-    assert not saved["row"]["is_first"].all()  # in the midst of episodes
-    torch.manual_seed(123)
-    result = final(module, made, module.train(module.Args(resume=str(run), device="cpu")))
-    for key, x in expected["saved"].items():
-        assert same(x, result["saved"][key]), key
-    assert same(expected["data"], result["data"]) and same(expected["played"], result["played"])
+    restore, ends = module.restore, []
+
+    def restored(saved, args, agent, replay, run_dir):
+        now = restore(saved, args, agent, replay, run_dir)
+        restores.append(everything(agent, replay, now))
+        return now
+
+    monkeypatch.setattr(module, "restore", restored)
+    for copied in tmp_path / "a", tmp_path / "b":
+        shutil.copytree(run, copied)
+        torch.manual_seed(123)
+        ends.append(final(module, made, module.train(module.Args(resume=str(copied), device="cpu"))))
+    assert same(saves[0], restores[0]) and same(restores[0], restores[1])
+    assert ends[0]["saved"]["now"]["step"] >= 160 and same(*ends)
 
 
-def test_resume_without_rebuilding(module, tmp_path, made, capsys):
-    """Where environments cannot be rebuilt, as the actions have left the ring, new episodes begin, and rows say so."""
+def test_resume_begins_new_episodes(module, tmp_path, made):
+    """The interrupted episodes are marked as abandoned, returns are counted from the new start, resets are new ones."""
     first = module.train(short(module, "Tiny-vector-discrete-v0", tmp_path, num_envs=2, buffer_size=60))
-    rows = made["Replay"][-1].rows
+    rows, before = made["Replay"][-1].rows, made["Replay"][-1].data
     assert rows > 30
     module.train(module.Args(resume=first["run_dir"], total_timesteps=130, device="cpu"))
-    assert "could not be rebuilt" in capsys.readouterr().out
     replay = made["Replay"][-1]
     assert replay.data["is_first"][rows % 30].all() and rows < replay.rows < rows + 20
+    assert not torch.equal(replay.data["vector"][rows % 30], before["vector"][0])
     assert (
         max(module.load(first["run_dir"], "cpu")["now"]["lengths"]) <= replay.rows - rows
     )  # counted from the new start
@@ -730,7 +788,7 @@ def test_resume_without_rebuilding(module, tmp_path, made, capsys):
 def test_bad_input(module, tmp_path, capsys):
     """One line that names flag and value, exit code 2, and no run folder."""
     bad = {
-        "CartPol-v1": "CartPole-v1",
+        "CartPol-v1": "`CartPol` doesn't exist",
         "nomodule:X-v0": "nomodule",
         "ALE/Pongg-v5": "--env-id ALE/Pongg-v5",
         "dm_control/walker-fly-v0": "--env-id dm_control/walker-fly-v0",
@@ -772,7 +830,7 @@ def test_resolve(module):
         assert dataclasses.asdict(args) == before and module.resolve(full) == full
         assert full.batch_size == 7 and full.action_repeat == 2
         open_flags = {field.name for field in dataclasses.fields(full) if getattr(full, field.name) is None}
-        assert open_flags <= {"resume", "eval", "dream", "wandb_entity", "rho"}  # rho: by action space
+        assert open_flags <= {"resume", "eval", "dream", "rho"}  # rho: by action space
         for key, value in module.SIZES[size].items():
             assert key == "batch_size" or getattr(full, key) == value
 

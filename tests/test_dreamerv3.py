@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: MIT
 """What only dreamerv3.py promises, beside the common suite and the parity with the official numbers."""
 
+import importlib.util
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
+from torch._inductor.utils import run_and_get_code
 from test_common import experience, window
 
 import dreamerv3 as d3
+
+sys.path.append(str(ROOT / "results"))
+import kernels  # noqa: E402
 
 
 def test_slow_critic_keeps_no_graph():
@@ -58,15 +66,65 @@ def test_observe_equals_its_steps():
             assert torch.allclose(step[key][:, 0], whole[key][:, t], rtol=1e-4, atol=1e-5), key
 
 
+def plain_loop(rssm, embed, action, is_first, state, noise):
+    """observe as one graph over all steps: h, z and logits of T calls of step, each of which sees the one before it."""
+    deter, stoch, steps = state["deter"], state["stoch"], []
+    post_weight, embed_weight = rssm.post_in.weight.split([rssm.args.deter, embed.shape[-1]], 1)
+    for t in range(is_first.shape[1]):
+        keep = 1 - is_first[:, t, None].to(embed.dtype)
+        action_hidden = rssm.action_in(rssm.clip(action[:, t] * keep))
+        embed_hidden = F.linear(embed[:, t], embed_weight, rssm.post_in.bias)
+        weights = rssm.core_hidden.weight, post_weight
+        deter, stoch, logits = rssm.step(deter, stoch, keep, action_hidden, embed_hidden, noise[:, t], *weights)
+        steps.append((deter, stoch, logits))
+    return [torch.stack(x, 1) for x in zip(*steps, strict=True)]
+
+
+def test_gradients_through_time():
+    """What ThroughTime gives every parameter and every input is what autograd gives through the whole loop.
+
+    With resets, and with gradients into each of the three outputs, alone and together.
+    """
+    agent, _ = experience(d3)
+    rssm, args = agent.rssm, agent.args
+    torch.manual_seed(3)
+    B, T = 3, 12
+    embed = torch.randn(B, T, agent.encoder.size, requires_grad=True)
+    action = torch.randn(B, T, agent.actor.size, requires_grad=True)
+    is_first = torch.zeros(B, T, dtype=torch.bool)
+    is_first[1, 5] = is_first[2, 0] = is_first[2, -1] = True  # sequence 0 has none
+    noise = torch.rand(B, T, args.stoch, args.classes).log_().neg_()
+    state = rssm.initial(B)
+    whole = plain_loop(rssm, embed, action, is_first, state, noise)
+    fast = list(rssm.observe(embed, action, is_first, state, noise).values())
+    params = [p for name, p in rssm.named_parameters() if not name.startswith("prior_net")]
+    weights = [torch.randn_like(x) for x in whole]
+    for chosen in (0,), (1,), (2,), (0, 1, 2):
+        losses = (sum((x[i] * weights[i]).sum() for i in chosen) for x in (whole, fast))
+        options = dict(retain_graph=True, materialize_grads=True)
+        a, b = (torch.autograd.grad(loss, [*params, embed, action], **options) for loss in losses)
+        for x, y in zip(a, b, strict=True):
+            assert (x - y).abs().max() <= 1e-4 * x.abs().max()
+    last = (fast[0][0, -1] * weights[0][0, -1]).sum()
+    (reach,) = torch.autograd.grad(last, embed)  # of the last step: to all before it, of its own sequence only
+    assert reach[0, :-1].abs().amax(1).min() > 1e-4 * reach.abs().max() and not reach[1:].any()
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_steps_equal_plain_ones():
-    """--compile changes neither statistics, nor gradients, nor latents of an update, nor the names in a checkpoint."""
+    """kernels.compiled changes neither statistics, nor gradients, nor latents of an update; and it is really used."""
     results = []
     for on in False, True:
-        agent, replay = experience(d3, compile=on)
+        agent, replay = experience(d3)
         batch = window(d3, agent, replay)
         torch.manual_seed(5)
-        stats = agent.update(batch)
+        update = lambda: agent.update(batch)
+        if on:
+            kernels.compiled(agent)
+            stats, codes = run_and_get_code(update)
+            assert len(codes) == 6  # the step forward and backward, four parts of an imagined step
+        else:
+            stats = update()
         squares = dict(enumerate(agent.optimizer.mean_square))  # of the gradients
         results.append({**stats, **squares, "deter": batch["deter"].float()})
     assert results[0].keys() == results[1].keys() and len(squares) > 100
@@ -74,14 +132,16 @@ def test_compiled_steps_equal_plain_ones():
         assert (x - results[1][key]).abs().max() <= 1e-3 * x.abs().max() + 1e-12, key
 
 
-def test_compile_is_of_a_call(monkeypatch, capsys):
-    """--compile without a compiler is refused in one line, and no checkpoint hands it on to a machine without one."""
-    assert not d3.merge(d3.Args(), "run", {"compile": True}, ()).compile
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(SystemExit) as stop:
-        d3.resolve(d3.Args(compile=True))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "--compile: no C++ compiler" in error and error.count("\n") == 1
+def test_operations_of_an_update():
+    """Launches are what an update costs on a GPU. The loops hold what is counted here, and no gradient of a weight."""
+    counts = kernels.count(*kernels.case())
+    loops = {kernels.FILTER: 57, kernels.BACK: 82, kernels.DREAM: 91}  # per step
+    steps = {kernels.FILTER: 64, kernels.BACK: 64, kernels.DREAM: 15}
+    for part, number in loops.items():
+        assert counts[part].total() == number * steps[part], part
+    products = counts[kernels.BACK]["mm"] + counts[kernels.BACK]["bmm"]
+    assert products == 7 * 64  # one for each product of a step, where gradients of weights would make it two
+    assert sum(names.total() for names in counts.values()) < 12_300
 
 
 def test_imagination_equals_its_steps():
@@ -94,6 +154,7 @@ def test_imagination_equals_its_steps():
     fast = agent.imagine(post)
     torch.manual_seed(5)
     deter, stoch = post["deter"].flatten(0, 1), post["stoch"].flatten(0, 1)
+    noise = torch.rand(agent.args.imag_horizon, *stoch.shape).log_().neg_()
     for t in range(agent.args.imag_horizon + 1):
         feat = torch.cat([deter, stoch.flatten(1)], 1)
         mean = [d3.twohot_mean(head(feat), agent.bin_values) for head in (agent.reward, agent.slow_critic)]
@@ -101,8 +162,8 @@ def test_imagination_equals_its_steps():
         for a, b in zip(fast, (feat, action, mean[0], agent.cont(feat)[:, 0].sigmoid(), mean[1]), strict=True):
             assert b is None or torch.allclose(a[:, t], b, rtol=1e-4, atol=1e-5)
         if action is not None:
-            deter = agent.rssm.core(deter, stoch, agent.rssm.action_in(action))
-            stoch = d3.sample_onehot(d3.unimix(agent.rssm.prior(deter), agent.args.unimix))
+            deter = agent.rssm.core(deter, stoch, agent.rssm.action_in(action), agent.rssm.core_hidden.weight)
+            stoch = d3.sample_onehot(d3.unimix(agent.rssm.prior(deter), agent.args.unimix).exp(), noise[t])
     assert feat.requires_grad and not any(x.requires_grad for x in fast)
 
 
@@ -113,52 +174,84 @@ def reached(agent, loss):
     return {name.split(".")[0] for name, grad in zip(names, grads, strict=True) if grad is not None}
 
 
-def test_ablations_of_learning_signals():
-    """recon and reward_value: the head learns all the same, the world model below it does not; else it does."""
-    model = {"encoder", "rssm"}
-    for ablate in "none", "recon", "reward_value":
-        agent, replay = experience(d3, ablate=ablate)
-        batch = window(d3, agent, replay)
+@pytest.fixture
+def ablated(request, tmp_path):
+    """dreamerv3.py with one patch of results/ablations, as a module of its own."""
+    shutil.copy(ROOT / "dreamerv3.py", tmp_path)
+    patch = ROOT / "results" / "ablations" / f"dreamerv3_{request.param}.patch"
+    subprocess.run(["git", "apply", patch], cwd=tmp_path, check=True)
+    spec = importlib.util.spec_from_file_location(request.param, tmp_path / "dreamerv3.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[request.param] = module  # where dataclass looks for the annotations
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[request.param]
+
+
+PATCHES = ["no_recon_gradient", "no_return_norm", "no_reward_value_gradient", "no_symlog"]
+
+
+def test_every_patch_is_tested():
+    """The list of this file is that of the folder."""
+    assert sorted(path.name for path in (ROOT / "results" / "ablations").glob("dreamerv3_*")) == [
+        f"dreamerv3_{name}.patch" for name in PATCHES
+    ]
+
+
+@pytest.mark.parametrize("ablated", PATCHES, indirect=True)
+def test_ablated_file_runs(ablated, tmp_path):
+    """The patch applies, and the file trains, saves and evaluates."""
+    flags = dict(env_id="Tiny-both-discrete-v0", size="debug", device="cpu", total_timesteps=120)
+    result = ablated.train(ablated.Args(**flags, run_root=str(tmp_path)))
+    assert result["updates"] > 1 and np.isfinite(result["losses/total"])
+    agent, args = ablated.load_agent(result["run_dir"])
+    assert len(ablated.evaluate(agent, args, 1)) == 1
+
+
+@pytest.mark.parametrize("ablated", ["no_recon_gradient", "no_reward_value_gradient"], indirect=True)
+def test_ablated_learning_signals(ablated):
+    """The head learns all the same, the world model below it does not; in the whole agent it does."""
+    name, model = ablated.__name__, {"encoder", "rssm"}
+    for module in d3, ablated:
+        agent, replay = experience(module)
+        batch = window(module, agent, replay)
         losses, feat, post, _ = agent.model_losses(batch)
         repval = agent.behaviour_losses(feat, post, batch)[0]["repval"]
-        for name, loss, head in (
-            ("recon", losses["image"] + losses["vector"], "decoder"),
-            ("reward_value", losses["reward"], "reward"),
-            ("reward_value", repval, "critic"),
+        for part, loss, head in (
+            ("no_recon_gradient", losses["image"] + losses["vector"], "decoder"),
+            ("no_reward_value_gradient", losses["reward"], "reward"),
+            ("no_reward_value_gradient", repval, "critic"),
         ):
-            assert reached(agent, loss) == {head} | (model if ablate != name else set()), (ablate, name)
+            assert reached(agent, loss) == {head} | (set() if module is ablated and part == name else model)
         assert reached(agent, losses["cont"]) == model | {"cont"}
 
 
-def test_ablations_of_robustness():
-    """kl, return_norm, symlog and unimix switch off what they name, and nothing else."""
-    agents = {}
-    for ablate in "none", "kl", "return_norm", "symlog", "unimix":
-        agent, replay = experience(d3, ablate=ablate)
-        agents[ablate] = agent
-        batch = window(d3, agent, replay)
+@pytest.mark.parametrize("ablated", ["no_return_norm", "no_symlog"], indirect=True)
+def test_ablated_robustness(ablated):
+    """What is named is left out, and nothing else."""
+    name = ablated.__name__
+    for module in d3, ablated:
+        agent, replay = experience(module)
+        batch = window(module, agent, replay)
         agent.return_range.copy_(torch.tensor([-500.0, 500.0]))
-        for layer in agent.rssm.post_out, agent.rssm.prior_net[-1]:  # posterior and prior alike: no KL
-            torch.nn.init.zeros_(layer.weight)
         losses, feat, post, _ = agent.model_losses(batch)
         stats = agent.behaviour_losses(feat, post, batch)[1]
-        assert torch.allclose(losses["dyn"], torch.tensor(0.0 if ablate == "kl" else 1.0), atol=1e-5)
-        assert (stats["stats/return_scale"] == 1) == (ablate == "return_norm")
+        assert (stats["stats/return_scale"] == 1) == (module is ablated and name == "no_return_norm")
         vector, reward = batch["vector"][:, 1:], batch["reward"][:, 1:]
         recon, value = agent.decoder(feat)["vector"], agent.reward(feat)
         plain = (recon - vector).square().sum(-1), (value[..., 0] - reward).square()
         for key, expected in zip(("vector", "reward"), plain, strict=True):
-            assert torch.allclose(losses[key], expected, rtol=1e-3) == (ablate == "symlog"), key
-    flags = [
-        {key: x for key, x in vars(agent.args).items() if x != getattr(agents["none"].args, key)}
-        for agent in agents.values()
-    ]
-    assert flags[1:] == [
-        dict(ablate="kl", free_nats=0.0, rep_scale=1.0),
-        dict(ablate="return_norm"),
-        dict(ablate="symlog", bins=1),
-        dict(ablate="unimix", unimix=0.0, actor_unimix=0.0),
-    ]
+            assert torch.allclose(losses[key], expected, rtol=1e-3) == (module is ablated and name == "no_symlog"), key
+
+
+@pytest.mark.parametrize("flags,left", [(dict(free_nats=0.0, rep_scale=1.0), 0.0), ({}, 1.0)])
+def test_kl_without_free_nats(flags, left):
+    """The ablation of the KL is flags: where posterior and prior are alike, nothing is left of it."""
+    agent, replay = experience(d3, **flags)
+    for layer in agent.rssm.post_out, agent.rssm.prior_net[-1]:
+        torch.nn.init.zeros_(layer.weight)
+    losses = agent.model_losses(window(d3, agent, replay))[0]
+    assert torch.allclose(losses["dyn"], torch.tensor(left), atol=1e-5)
 
 
 def test_upsample_conv():
@@ -178,7 +271,7 @@ def test_samples_follow_their_distribution():
     """sample_onehot is exact: chi-square over 200,000 samples; a right sampler fails at one seed in a million."""
     torch.manual_seed(0)
     logp = d3.unimix(torch.tensor([2.0, 0.0, -1.0, -8.0]), 0.01)
-    counts = d3.sample_onehot(logp.expand(200_000, 4)).sum(0)
+    counts = d3.sample_onehot(logp.exp().expand(200_000, 4)).sum(0)
     expected = 200_000 * logp.exp()
     assert ((counts - expected) ** 2 / expected).sum() < 30.66  # 3 degrees of freedom, p = 1e-6
 

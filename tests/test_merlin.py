@@ -2,6 +2,7 @@
 """merlin.py: the memory in closed form, who learns from what, targets by hand, the game, runs of all three agents."""
 
 import pathlib
+import shutil
 
 import gymnasium as gym
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import shape_comments
 import torch
 from gymnasium import spaces
+from PIL import Image
 from test_common import host_waits, same
 
 import merlin
@@ -503,33 +505,47 @@ def test_runs(name, env_id, kwargs, tmp_path):
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_resume_is_exact(name, tmp_path, monkeypatch):
-    """N steps are N/2 steps, a kill, and a resume, bit for bit: weights, optimiser, counters, random state."""
-    flags = dict(agent=name, size="debug", device="cpu", num_envs=3, total_timesteps=400, checkpoint_every=200)
-    real, calls, results = merlin.next_row, [], []
+    """All that was saved is restored, and two resumes of one checkpoint end alike, bit for bit: weights, optimiser,
+    counters, random state. A checkpoint in the midst of episodes changes nothing in the run that goes on.
+    """
+    flags = dict(agent=name, size="debug", device="cpu", num_envs=3, checkpoint_every=200)
+    results, restore = [], merlin.restore
+    for i, every in enumerate((200, 10_000)):
+        more = dict(total_timesteps=400, checkpoint_every=every, run_root=str(tmp_path / f"{i}"))
+        results.append(merlin.load(merlin.train(merlin.Args(**{**flags, **more}))["run_dir"], "cpu"))
+    keys = "agent", "optimizer", "now", "random"
+    assert all(same(results[0][key], results[1][key]) for key in keys if key != "optimizer")
+    half = merlin.train(merlin.Args(**flags, total_timesteps=200, run_root=str(tmp_path / "half")))
+    run = pathlib.Path(half["run_dir"])
+    saved, ends = merlin.load(run, "cpu"), []
 
-    def killed(*args):
-        calls.append(0)
-        return real(*args) if len(calls) < 110 else 1 / 0
+    def restored(loaded, args, agent):
+        now = restore(loaded, args, agent)
+        assert same(agent.state_dict(), saved["agent"]) and torch.equal(torch.get_rng_state(), saved["random"])
+        state = agent.optimizer.state_dict()["state"]
+        assert state.keys() == saved["optimizer"]["state"].keys()
+        assert all(same(state[i], saved["optimizer"]["state"][i]) for i in state)
+        assert {**now, "returns": 0, "lengths": 0} == {**saved["now"], "returns": 0, "lengths": 0}
+        return now
 
-    for root in tmp_path / "straight", tmp_path / "killed":
-        if root.name == "killed":
-            monkeypatch.setattr(merlin, "next_row", killed)
-            with pytest.raises(RuntimeError):
-                merlin.train(merlin.Args(**flags, run_root=str(root)))
-            monkeypatch.setattr(merlin, "next_row", real)
-            (run,) = root.iterdir()
-            assert 200 <= merlin.load(run, "cpu")["now"]["step"] < 300
-            torch.manual_seed(99)
-            merlin.train(merlin.Args(resume=str(run), device="cpu"))
-        else:
-            merlin.train(merlin.Args(**flags, run_root=str(root)))
-            (run,) = root.iterdir()
-        saved = merlin.load(run, "cpu")
-        results.append({key: saved[key] for key in ("agent", "optimizer", "now", "random")})
-    assert results[0]["now"] == results[1]["now"] and same(results[0]["agent"], results[1]["agent"])
-    assert torch.equal(results[0]["random"], results[1]["random"])
-    pairs = zip(results[0]["optimizer"]["state"].values(), results[1]["optimizer"]["state"].values(), strict=True)
+    monkeypatch.setattr(merlin, "restore", restored)
+    for folder in tmp_path / "a", tmp_path / "b":
+        shutil.copytree(run, folder)
+        torch.manual_seed(99)
+        merlin.train(merlin.Args(resume=str(folder), device="cpu", total_timesteps=400))
+        ends.append(merlin.load(folder, "cpu"))
+    assert all(same(ends[0][key], ends[1][key]) for key in keys if key != "optimizer")
+    pairs = zip(ends[0]["optimizer"]["state"].values(), ends[1]["optimizer"]["state"].values(), strict=True)
     assert all(same(a, b) for a, b in pairs)
+
+
+def test_long_episodes_end(tmp_path, monkeypatch):
+    """Checkpoints do not cut episodes: one that is longer than the steps between them is seen to its end."""
+    ends, real = [], merlin.next_row
+    monkeypatch.setattr(merlin, "next_row", lambda *x: ends.append((row := real(*x))["is_last"].any()) or row)
+    flags = dict(size="debug", device="cpu", num_envs=1, total_timesteps=600, checkpoint_every=3, window=3)
+    merlin.train(merlin.Args(**flags, run_root=str(tmp_path)))
+    assert sum(ends) >= 3
 
 
 def test_update_learns_one_window():
@@ -634,10 +650,12 @@ def test_shape_comments(tmp_path):
 
 
 def test_cards_on_video(tmp_path):
-    """--capture-video shows the board, whatever the agent sees."""
-    flags = dict(size="debug", device="cpu", total_timesteps=100, run_root=str(tmp_path), capture_video=True)
-    run = pathlib.Path(merlin.train(merlin.Args(**flags))["run_dir"])
-    assert len(list(run.glob("episode-*.gif"))) == 1
+    """eval.gif shows the board, whatever the agent sees."""
+    envs, agent = made()
+    merlin.evaluate(agent, agent.args, 1, tmp_path / "eval.gif")
+    with Image.open(tmp_path / "eval.gif") as film:
+        colours = [colour for _, colour in film.convert("RGB").getcolors()]
+        assert film.size == (64, 64) and any(len(set(colour)) == 3 for colour in colours)  # no row of gray cells
 
 
 def test_text_is_left_out(tmp_path):

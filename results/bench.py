@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Time and memory of the agents as a table, nothing asserted: python tests/bench.py [--device cuda] [CASE ...]
+"""Time and memory of the agents as a table, nothing asserted: python results/bench.py [--device cuda] [CASE ...]
 
-Each case runs in a process of its own, so that its peak memory and its time from start to first update are its own.
+A case is what measure takes (results/gpu.py has cases of its own), and runs in a process of its own, so that its peak
+memory and its time from start to first update are its own.
 core s is the processor time of all threads per update: pin the process (taskset -c 0) for figures that compare.
 """
 
 import argparse
+import collections
 import importlib
 import json
 import os
@@ -53,6 +55,7 @@ GPU = {
     for bf16 in (True, False)
 }
 GPU |= {f"update {x}, images, bf16, compiled": dict(size=x, compile=True) for x in ("12m", "200m")}
+GPU |= {"update 12m, images, bf16, eager": dict(size="12m", cuda_graph=False)}
 GPU |= {
     f"PlaNet update, 50x50, {'bf16' if bf16 else 'fp32'}": dict(module="planet", bf16=bf16) for bf16 in (True, False)
 }
@@ -80,10 +83,54 @@ def timed(work, wait, budget):
     return 1000 * statistics.median(times), (time.process_time() - cpu) / len(times)
 
 
+def profiled(work, wait, cuda, calls):
+    """Where the time of work() goes -> {column: number per call}, and "table": text, the 25 kernels that take most.
+
+    On a CPU operators stand for kernels. The tracer slows the host down: gaps are those between the kernels' time here
+    and the median ms of the same case, not the wall time here.
+    """
+    from torch.profiler import DeviceType, ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as trace:
+        began = time.perf_counter()
+        for _ in range(calls):
+            work()
+        wait()
+        wall = 1000 * (time.perf_counter() - began) / calls
+    spent, count = collections.Counter(), collections.Counter()
+    for event in trace.events():
+        if event.device_type == (DeviceType.CUDA if cuda else DeviceType.CPU):
+            us = event.time_range.elapsed_us() if cuda else event.self_cpu_time_total
+            spent[event.name] += us / 1000 / calls
+            count[event.name] += 1 / calls
+    lines = [f"{'ms':>9} {'calls':>8} {'us each':>8}  kernel, per update"]
+    for name, ms in spent.most_common(25):
+        lines.append(f"{ms:9.3f} {count[name]:8.1f} {1000 * ms / count[name]:8.2f}  {name[:110]}")
+    numbers = {"kernels": sum(count.values()), "kernel ms": sum(spent.values()), "wall ms, traced": wall}
+    return {**numbers, "table": "\n".join(lines)}
+
+
 def measure(
-    began, device, budget, module="dreamerv3", shape=IMAGE, act=0, pong=False, rows=0, box=False, game=None, **flags
+    began,
+    device,
+    budget,
+    module="dreamerv3",
+    shape=IMAGE,
+    act=0,
+    pong=False,
+    rows=0,
+    box=False,
+    game=None,
+    compile=False,
+    profile=False,
+    **flags,
 ):
-    """One case -> {column: number}. began: when the process was started."""
+    """One case -> {column: number}. began: when the process was started.
+
+    module: file; shape: of the observation; act, rows, pong, game: time acting in so many environments, a checkpoint of
+    so many rows, a run of Pong, a run of the memory game instead of updates; box: continuous actions; compile, profile:
+    see above; flags: of the file.
+    """
     import numpy as np
     import torch
     from gymnasium import spaces
@@ -111,7 +158,12 @@ def measure(
     obs_space, rng, stateful = spaces.Dict(obs=space), np.random.default_rng(0), hasattr(module.Replay, "write")
     action_space = spaces.Box(-1, 1, (6,)) if box or module.__name__ == "planet" else spaces.Discrete(6)
     agent = module.Agent(obs_space, action_space, args)
-    wait = torch.cuda.synchronize if agent.device.type == "cuda" else lambda: None
+    if compile:
+        import kernels  # beside this file
+
+        kernels.compiled(agent)
+    cuda = agent.device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
     N = act or 4
     latents = getattr(agent, "latents", lambda state: {})  # what the replay keeps of a state, if anything
     extras = [{key: (x.shape[1:], x.dtype) for key, x in latents(agent.initial(N)).items()}] if stateful else []
@@ -147,13 +199,14 @@ def measure(
     work()
     wait()
     first = time.time() - began
-    for _ in range(4 if agent.device.type == "cuda" else 1):
+    for _ in range(4 if cuda else 1):
         work()
     ms, core = timed(work, wait, budget)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if agent.device.type == "cuda":
+    if cuda:
         memory = torch.cuda.max_memory_reserved()
-    return {"median ms": ms, "core s": core, "peak GB": memory / 1e9, "first update s": first}
+    result = {"median ms": ms, "core s": core, "peak GB": memory / 1e9, "first update s": first}
+    return {**result, **profiled(work, wait, cuda, 3 if cuda else 1)} if profile else result
 
 
 def main():
@@ -165,9 +218,8 @@ def main():
     args = parser.parse_args()
     cases = CPU if args.device == "cpu" else GPU
     if args.one:
-        name, began = json.loads(args.one)
-        numbers = measure(began, args.device, args.seconds, **cases[name])
-        print(json.dumps(numbers))
+        case, began = json.loads(args.one)
+        print(json.dumps(measure(began, args.device, args.seconds, **case)))
         return
     import torch
 
@@ -181,7 +233,7 @@ def main():
     for name in cases:
         if args.cases and not any(name.startswith(text) for text in args.cases):
             continue
-        own = ["--device", args.device, "--seconds", str(args.seconds), "--one", json.dumps([name, time.time()])]
+        own = ["--device", args.device, "--seconds", str(args.seconds), "--one", json.dumps([cases[name], time.time()])]
         result = subprocess.run([sys.executable, __file__, *own], capture_output=True, text=True)
         if result.returncode:
             print(f"| {name} | {(result.stderr.splitlines() or ['failed'])[-1]} |", flush=True)

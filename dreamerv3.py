@@ -740,7 +740,7 @@ class Captured:
             return result
         if key not in self.graphs:
             static, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):  # others may render
+            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):  # no other thread's
                 result = self.fn(static)
             self.graphs[key] = static, graph, result
         static, graph, result = self.graphs[key]
@@ -1022,7 +1022,7 @@ class Replay:
     def add(self, row):
         """row: {key: (num_envs, ...)}, arrays or tensors."""
         for key, ring in self.data.items():
-            ring[self.rows % self.length].copy_(torch.as_tensor(row[key]), non_blocking=ring.is_cuda)
+            ring[self.rows % self.length].copy_(torch.as_tensor(row[key]), non_blocking=self.device.type != "cpu")
         self.rows += 1
 
     def sample(self, B, T, online=True):
@@ -1045,10 +1045,10 @@ class Replay:
         """Put the extras of a batch back, without its context rows."""
         index = batch["index"][:, context:].flatten().to(self.device)  # (B*T)
         # the last window that holds the row speaks for all that do: repeated runs are equal, whatever is written first
-        last = ((index == index[:, None]) * torch.arange(len(index), device=self.device)).amax(1)  # (B*T)
+        order = torch.arange(len(index), device=self.device)
+        last = order.new_zeros(self.length * self.num_envs).scatter_reduce_(0, index, order, "amax")[index]  # (B*T)
         for key in self.extras:
-            values = batch[key][:, context:].flatten(0, 1).to(self.device)  # (B*T, ...)
-            self.data[key].flatten(0, 1)[index] = values[last]
+            self.data[key].flatten(0, 1)[index] = batch[key][:, context:].flatten(0, 1).to(self.device)[last]
 
     def state_dict(self):
         return {"rows": self.rows, "online": self.online, "files": self.files}

@@ -618,7 +618,7 @@ class Agent(nn.Module):
     def update(self, images, temperature):
         """One gradient step. images: (B, 784) of 0 and 1; temperature: float -> statistics, 0-d tensors on the device,
         which on a GPU the next update overwrites. There three steps run eagerly, then the step is captured once and
-        only replayed: one launch instead of a hundred.
+        only replayed: one launch instead of a hundred. All batches have one shape: no need for a class as elsewhere.
         """
         self.temperature.fill_(temperature)
         if self.device.type != "cuda" or not self.args.cuda_graph:

@@ -519,7 +519,7 @@ class Captured:
             return result
         if key not in self.graphs:
             static, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):  # others may render
+            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):  # no other thread's
                 result = self.fn(static)
             self.graphs[key] = static, graph, result
         static, graph, result = self.graphs[key]
@@ -772,7 +772,7 @@ class Replay:
     def add(self, row):
         """row: {key: (num_envs, ...)}, arrays or tensors."""
         for key, ring in self.data.items():
-            ring[self.rows % self.length].copy_(torch.as_tensor(row[key]), non_blocking=ring.is_cuda)
+            ring[self.rows % self.length].copy_(torch.as_tensor(row[key]), non_blocking=self.device.type != "cpu")
         self.rows += 1
         for starts, is_first in zip(self.starts, row["is_first"], strict=True):
             if is_first:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What is captured on a GPU, captured on the CPU by graphs.py: bit by bit what the eager functions do."""
 
+import contextlib
 import importlib
 import types
 
@@ -10,6 +11,7 @@ import test_gumbel_softmax
 import test_merlin
 import torch
 from test_common import AGENTS, experience, same, window
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.fixture(params=AGENTS)
@@ -118,3 +120,68 @@ def test_steps(estimator, monkeypatch):
     agents[1].device, agents[1].side = types.SimpleNamespace(type="cuda"), torch.cuda.Stream()
     images = torch.rand(10, 8, 784).round()
     compare(agents, lambda agent, i: agent.update(images[i], 1 - i / 20), 10)
+
+
+class Copies(TorchDispatchMode):
+    """Finds copies from the host that wait until all work queued before is done."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+            to, source = (args[0].device, args[1]) if "copy_" in func.name() else (kwargs.get("device"), args[0])
+            late = kwargs.get("non_blocking", args[2:] == (True,))
+            if to is not None and to.type != source.device.type == "cpu":
+                self.found.append(late)
+        return func(*args, **kwargs)
+
+
+def test_rows_and_batches_do_not_wait(module):
+    """What a row and a batch bring to a device is queued behind the update under way; "meta" is one without data."""
+    agent, replay = experience(module)
+    rows, meta = {key: x[3] for key, x in replay.data.items()}, torch.device("meta")
+    obs_space = module.spaces.Dict({key: module.spaces.Box(0, 1, x) for key, x in agent.decoder.shapes.items()})
+    extras = {key: (rows[key].shape[1:], rows[key].dtype) for key in ("deter", "stoch") if key in rows}
+    there = module.Replay(1000, 2, obs_space, agent.action_space, meta, *([extras] if extras else []))
+    row = {key: x.to(meta) if key in extras else x for key, x in rows.items()} | {"is_first": [True, True]}
+    obs, is_first = {key: rows[key].numpy() for key in agent.decoder.shapes}, rows["is_first"].numpy()
+    agent.to(meta).device, given = meta, len(rows) - len(extras)
+    state = agent.initial(2)
+    with Copies() as copies:
+        for _ in range(40):
+            there.add(row)
+        assert len(copies.found) == 40 * given
+        there.sample(4, 5)
+        assert len(copies.found) == 40 * given + 1
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # the action itself, which cannot be read
+            agent.act(obs, is_first, state)
+    assert len(copies.found) == 40 * given + 1 + len(obs) + 1 and all(copies.found)
+
+
+class Doubled(torch.autograd.Function):
+    """x (2 x) by small graphs of its own, whose backward pass runs inside the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        with torch.enable_grad():
+            ctx.own = x.detach().requires_grad_()
+            ctx.value = ctx.own * (2 * ctx.own)
+        return ctx.value.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.autograd.grad(ctx.value, ctx.own, grad)[0]
+
+
+def test_backward_inside_backward(monkeypatch):
+    """Is recorded too, so that the stand-in holds for a scan that differentiates its own steps."""
+    graphs.install(monkeypatch)
+    graph, x = torch.cuda.CUDAGraph(), torch.ones(3, requires_grad=True)
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+        grad = torch.autograd.grad(Doubled.apply(x).sum(), x)[0]
+    x.data.fill_(5.0)
+    graph.replay()
+    assert torch.equal(grad, torch.full((3,), 20.0))

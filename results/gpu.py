@@ -160,6 +160,7 @@ def machine(args):
 # in the order in which they are tried; the last only if the one before it fails
 FORMS = {"eager": dict(bf16=False, cuda_graph=False), "bf16": dict(bf16=True, cuda_graph=False)}
 FORMS |= {"graph": dict(bf16=True, cuda_graph=True), "graph, float32": dict(bf16=False, cuda_graph=True)}
+FORMS |= {"compiled": FORMS["graph"]}  # for learn, where speed has found it faster
 BEST = ["graph", "graph, float32", "bf16", "eager"]
 TOY = "--size debug --total-timesteps 120 --checkpoint-every 120 --log-every 1e9 --env-id envs:Tiny-both-"
 SMOKE = {
@@ -205,7 +206,7 @@ def smoke(args):
                     played = ["--eval", *Path(root).glob("*"), "--eval-episodes", 2]
                     attempt("dreamerv3", "Pong, evaluated", played, root)
                 return
-            for form in list(FORMS)[: 3 if cuda else 1]:
+            for form in ["eager", "bf16", "graph"] if cuda else ["eager"]:
                 works = attempt(file, form, SMOKE[file].split() + switches(file, form), root)
             if not works and cuda:
                 attempt(file, "graph, float32", SMOKE[file].split() + switches(file, "graph, float32"), root)
@@ -310,7 +311,7 @@ def speed(args):
             continue
         case = {**FORMS[best(args, case.get("module", "dreamerv3"))], **case}
         copies = case.pop("copies", 1)
-        limit = time.time() + min(left - 1, 50)
+        limit = time.time() + min(left - 1, 90 if case.get("compile") else 50)
         command = [HERE / "bench.py", "--device", args.device, "--seconds", 3 * copies**0.5 if cuda else 0.2]
         command += ["--one", json.dumps([case, time.time()])]
         with ThreadPoolExecutor(copies) as pool:
@@ -335,6 +336,7 @@ STEPS, ENVS, ENOUGH = 100_000, 16, 25_000
 # published band on a CPU, 1e-4 at 12m lies between and is untried. 16 environments, Table's number for all but this
 # protocol (1): acting must not take longest.
 PLANS = {
+    "update 12m, compiled step": dict(size="12m", learning_rate=1e-4, compiled=True),  # of kernels.py, if it pays
     "update 12m": dict(size="12m", learning_rate=1e-4),
     "update 12m, 16x32": dict(size="12m", learning_rate=1e-4, batch_length=32),
     "update 1m, 16x32": dict(size="1m", learning_rate=3e-4, batch_length=32),
@@ -356,6 +358,8 @@ def plan(args, seconds, slower):
     options = []
     for name, flags in PLANS.items():
         ms = slower * measured(args, name, 1e9 if records(args, "speed") else 30)
+        if flags.get("compiled") and ms > 0.9 * slower * measured(args, "update 12m", 1e9):
+            continue
         options.append((0.93 * (seconds - 20 - acting) * 1000 / ms, ms, flags))  # 20: start; 0.93: checkpoints
     updates, ms, flags = next((x for x in options if x[0] >= ENOUGH), max(options, key=lambda x: x[0]))
     updates = min(STEPS, max(STEPS / 16, updates))  # if too few fit, the run is cut, and that is its curve
@@ -424,7 +428,7 @@ def learn(args):
     stop = args.until - (45 if score else 22)
     queue, width = jobs(args, stop - time.time())
     forms = BEST[BEST.index(best(args, "dreamerv3")) :]  # if a run breaks, it begins again in the next one
-    queue = [(name, flags, forms) for name, flags in queue.items()]
+    queue = [(name, flags, ["compiled"] * flags.pop("compiled", False) + forms) for name, flags in queue.items()]
     old = {record["job"]: record["folder"] for record in records(args, "learn") if "folder" in record}
     base, running, folders, shown = ROOT / "runs" / f"gpu-{int(time.time())}", {}, {}, time.time()
     while time.time() < stop:
@@ -438,7 +442,8 @@ def learn(args):
                 command = ["--resume", newest(folders[name])]
             note(args, "learn", job=name, folder=folders[name], command=" ".join(map(str, command)))
             with open(args.out / "log.txt", "a") as log:
-                process = start(["dreamerv3.py", *command, "--device", args.device], log)
+                script = ["results/kernels.py", "train"] if forms[0] == "compiled" else ["dreamerv3.py"]
+                process = start([*script, *command, "--device", args.device], log)
             running[name] = process, flags, forms
         for name, (process, flags, forms) in list(running.items()):
             if process.poll() is not None:

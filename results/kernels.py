@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Tensor operations of one update of dreamerv3.py by part, counted on a CPU: python results/kernels.py [--compile]
+And dreamerv3.py with its recurrent steps through torch.compile: python results/kernels.py train FLAGS
 
 An estimate of the kernels that a GPU launches: views cost nothing, a foreach operation is one kernel per 30 tensors,
 unless its factors are numbers on the device: then one per tensor. A norm counts as six operations forward and about
@@ -16,6 +17,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
+import tyro
 from gymnasium import spaces
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -147,7 +149,19 @@ def count_compiled(agent, batch):
     return numbers
 
 
+class Compiled(d3.Agent):
+    """The agent of dreamerv3.py with compiled steps."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        compiled(self)
+
+
 def main():
+    if sys.argv[1:2] == ["train"]:
+        d3.Agent = Compiled
+        d3.train(tyro.cli(d3.Args, args=sys.argv[2:]))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", action="store_true", help="count the recurrent steps as compiled, too")
     rows, fused = count(*case()), count_compiled(*case()) if parser.parse_args().compile else {}

@@ -172,8 +172,8 @@ def measure(
         replay.rows, replay.files = rows, [(0, rows - 10_000, "rows")]
         with tempfile.TemporaryDirectory() as folder:
             replay.save(pathlib.Path(folder))
-            sizes = {path.name.split("-")[0]: path.stat().st_size / 1e6 for path in pathlib.Path(folder).iterdir()}
-        return {"rows MB": sizes["rows"], "latents MB": sizes["extras"], "replay GiB": rows * replay.row_bytes / 2**30}
+            size = sum(path.stat().st_size for path in pathlib.Path(folder).iterdir())
+        return {"rows MB": size / 1e6, "replay GiB": rows * replay.row_bytes / 2**30}
     replay = module.Replay(1000 * N, N, obs_space, action_space, agent.device, *extras)
     state, ends = agent.initial(N), np.zeros(N, bool)
     history = []
@@ -228,7 +228,7 @@ def main():
         f"{device}, PyTorch {torch.__version__}; batch 16 x 64, images of 64x64x3, 6 actions unless named otherwise\n"
     )
     columns = ["median ms", "core s", "peak GB", "first update s", "agent steps / core s", "steps / s"]
-    columns += ["rows MB", "latents MB", "replay GiB"]
+    columns += ["rows MB", "replay GiB"]
     print(f"| case | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for name in cases:
         if args.cases and not any(name.startswith(text) for text in args.cases):

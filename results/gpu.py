@@ -355,10 +355,10 @@ def measured(args, name, default=None):
 def plan(args, seconds, slower):
     """Flags of Pong. slower: by how much other processes beside it slow an update down."""
     acting = STEPS / ENVS * (measured(args, "act 12m, 16 environments", 2.5) + 1.5) / 1000  # 1.5: the games, the replay
-    options = []
+    unknown, options = 1e9 if records(args, "speed") else 30, []
     for name, flags in PLANS.items():
-        ms = slower * measured(args, name, 1e9 if records(args, "speed") else 30)
-        if flags.get("compiled") and ms > 0.9 * slower * measured(args, "update 12m", 1e9):
+        ms = slower * measured(args, name, unknown)
+        if flags.get("compiled") and ms > 0.9 * slower * measured(args, "update 12m", unknown):
             continue
         options.append((0.93 * (seconds - 20 - acting) * 1000 / ms, ms, flags))  # 20: start; 0.93: checkpoints
     updates, ms, flags = next((x for x in options if x[0] >= ENOUGH), max(options, key=lambda x: x[0]))

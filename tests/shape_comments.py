@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Holds trailing shape comments, `x = f(y)  # (B, T, D)`, against the shapes seen while the code really runs.
 
-check(path, fn, known) -> (errors, lines checked, lines never reached). A dimension is a sum, product or quotient such as
-3*U, T-1 or D/G. Symbols are unified within a call: an upper-case int among the local variables binds its name, and so does
-the first comment that leaves only one symbol open. known: symbols with the same value in every call.
+check(path, fn, known) -> (errors, lines checked, lines never reached). A dimension is a sum, product or quotient such
+as 3*U, T-1 or D/G. Symbols are unified within a call: an upper-case int among the local variables binds its name, and
+so does the first comment that leaves only one symbol open. known: symbols with the same value in every call.
 """
 
 import ast

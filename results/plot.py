@@ -5,7 +5,8 @@ Reads the TensorBoard files of the runs, writes NAME.csv (one row per training e
 (or elsewhere, if NAME is an absolute path).
 --by exp-name draws one curve for all runs of one value of that flag: mean over runs, band from least to greatest.
 --by prior,alpha-obs one for each combination, named by those values that most runs do not have.
-A published curve comes from published.csv (columns benchmark, method, task, step, mean), if that file is here.
+A published curve comes from published.csv (columns benchmark, method, task, step, mean, min, max), as a line in a band
+of its seeds; one measured with another program from the file of --against (columns seed, step, return): both in frames.
 Needs matplotlib, which the algorithms do not: pip install matplotlib
 """
 
@@ -64,6 +65,7 @@ def main():
     parser.add_argument("name")
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--published", help="BENCHMARK,METHOD,TASK of published.csv")
+    parser.add_argument("--against", type=Path, help="file with another program's episodes")
     parser.add_argument("--window", type=int, default=10, help="episodes in the running mean")
     parser.add_argument("--every", type=int, default=1, help="training episodes in one row: for many short episodes")
     parser.add_argument("--by", help="names of flags: one curve for each of their values")
@@ -86,10 +88,17 @@ def main():
     if args.published:
         with open(HERE / "published.csv") as file:
             rows = [row for row in csv.DictReader(file) if args.published.split(",") == list(row.values())[:3]]
-        axes.plot(
-            [int(r["step"]) for r in rows], [float(r["mean"]) for r in rows], "k--", label="published " + args.published
-        )
+        steps, mean, low, high = ([float(row[key] or "nan") for row in rows] for key in ("step", "mean", "min", "max"))
+        axes.plot(steps, mean, "k--", label="published " + args.published)
+        axes.fill_between(steps, low, high, color="k", alpha=0.1, linewidth=0)
         axes.set_xlim(0, 1.5 * max(frames[-1] for _, frames, _ in curves))
+    if args.against:
+        with open(args.against) as file:
+            rows = [(row["seed"], float(row["step"]), float(row["return"])) for row in csv.DictReader(file)]
+        for seed in sorted({row[0] for row in rows}):
+            _, steps, returns = zip(*(row for row in rows if row[0] == seed), strict=True)
+            label = f"{args.against.stem}, seed {seed}"
+            axes.plot(steps, smooth(np.array(returns), args.window), "--", color="gray", label=label)
     axes.set(
         xlabel="environment frames",
         ylabel=f"return of training episodes (mean of {args.window})",

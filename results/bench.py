@@ -122,14 +122,15 @@ def measure(
     box=False,
     game=None,
     compile=False,
+    upsample=False,
     profile=False,
     **flags,
 ):
     """One case -> {column: number}. began: when the process was started.
 
     module: file; shape: of the observation; act, rows, pong, game: time acting in so many environments, a checkpoint of
-    so many rows, a run of Pong, a run of the memory game instead of updates; box: continuous actions; compile, profile:
-    see above; flags: of the file.
+    so many rows, a run of Pong, a run of the memory game instead of updates; box: continuous actions; compile:
+    see kernels.py; upsample: as a step of its own, not folded into convolutions; profile: see above; flags: of the file.
     """
     import numpy as np
     import torch
@@ -151,6 +152,9 @@ def measure(
             cpu = time.process_time()
             result = module.train(module.Args(device=device, train_ratio=256, **flags))
             return {"agent steps / core s": result["updates"] * 4 / (time.process_time() - cpu)}
+    if upsample:
+        double = torch.nn.Upsample(scale_factor=2)
+        module.upsample_conv = lambda x, conv: conv(double(x))
     args = module.resolve(module.Args(device=device, **flags))
     module.tune(args)
     image = len(shape) == 3

@@ -130,7 +130,7 @@ def measure(
 
     module: file; shape: of the observation; act, rows, pong, game: time acting in so many environments, a checkpoint of
     so many rows, a run of Pong, a run of the memory game instead of updates; box: continuous actions; compile:
-    see kernels.py; upsample: as a step of its own, not folded into convolutions; profile: see above; flags: of the file.
+    see kernels.py; upsample: apart, not folded into convolutions; profile: see above; flags: of the file.
     """
     import numpy as np
     import torch

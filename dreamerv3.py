@@ -158,8 +158,8 @@ def resolve(args: Args) -> Args:
     for name, least in bounds.items():
         if getattr(args, name) <= least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than {least}")
-    if args.bins % 2 == 0 or args.deter % args.blocks or 4 * args.depth % args.blocks:
-        fail(f"--bins {args.bins} must be odd; --blocks {args.blocks} must divide --deter and 4 x --depth")
+    if args.bins % 2 == 0 or args.deter % args.blocks:
+        fail(f"--bins {args.bins} must be odd; --blocks {args.blocks} must divide --deter {args.deter}")
     for name, family in ("obs", "dm_control"), ("atari_protocol", "ALE"):
         if getattr(args, name) != getattr(Args, name) and not args.env_id.startswith(family + "/"):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: with --env-id {family}/... only")
@@ -429,6 +429,8 @@ def upsample_conv(x, conv):
 class Decoder(nn.Module):
     """Features -> predicted observations: vectors as symlog, images in 0 to 1."""
 
+    blocks = 8  # of the layer from h to the smallest image; a number of its own in the code, whatever --blocks is
+
     def __init__(self, obs_space, args):
         super().__init__()
         self.shapes = {key: space.shape for key, space in obs_space.items()}
@@ -443,7 +445,9 @@ class Decoder(nn.Module):
             depths = [m * args.depth for m in (4, 4, 3, 2)] + [sum(self.shapes[key][-1] for key in self.images)]
             self.low = height // 16, width // 16, depths[0]  # rows, columns, channels of the smallest image
             pixels = int(np.prod(self.low))
-            self.from_deter = BlockLinear(args.deter, pixels, args.blocks)
+            if args.deter % self.blocks or depths[0] % self.blocks:
+                fail(f"--deter {args.deter} --depth {args.depth}: allowed with images: --deter divisible by 8, --depth by 2")
+            self.from_deter = BlockLinear(args.deter, pixels, self.blocks)
             self.from_stoch = nn.Sequential(*mlp(self.split[1], 2 * args.units, 1), nn.Linear(2 * args.units, pixels))
             self.convs = nn.ModuleList(nn.Conv2d(a, b, 5, padding=2) for a, b in zip(depths, depths[1:], strict=False))
             self.norms = nn.ModuleList(RMSNorm(depth) for depth in depths[:-1])
@@ -458,7 +462,7 @@ class Decoder(nn.Module):
             out = {key: head(x).float() for key, head in self.heads.items()}
         if self.images:
             rows, columns, _ = self.low
-            x = self.from_deter(deter).flatten(0, 1).unflatten(-1, (len(self.from_deter.weight), rows, columns, -1))
+            x = self.from_deter(deter).flatten(0, 1).unflatten(-1, (self.blocks, rows, columns, -1))
             x = x.permute(0, 2, 3, 1, 4).flatten(3)  # each block of the layer owns some of the channels
             x = (x + self.from_stoch(stoch).view(x.shape)).permute(0, 3, 1, 2)
             for norm, conv in zip(self.norms, self.convs, strict=True):
@@ -594,9 +598,8 @@ class RSSM(nn.Module):
         gates = torch.bmm(x.view(-1, G, size).transpose(0, 1), self.core_gates.weight)  # (G, N, 3*D/G)
         reset, cand, update = (gates + self.core_gates.bias.view(G, 1, -1)).chunk(3, -1)
         cand = torch.tanh(reset.sigmoid() * cand)  # (G, N, D/G)
-        deter = deter.view(-1, G, size).transpose(0, 1)
-        deter = torch.lerp(deter, cand, (update - 1).sigmoid())  # the -1 makes a new network remember
-        return deter.transpose(0, 1).flatten(1)
+        own = deter.view(-1, G, size).transpose(0, 1)  # (G, N, D/G)
+        return torch.lerp(own, cand, (update - 1).sigmoid()).transpose(0, 1).flatten(1)  # -1: a new network remembers
 
     def step(self, deter, stoch, keep, action_hidden, embed_hidden, noise, core_weight, post_weight):
         """One step of the filter: h' = f(h, z, a), z' ~ q(h', x). deter: (N, D); stoch: (N, S, K); keep: (N, 1), 0
@@ -1523,10 +1526,7 @@ def restore(saved, args, agent, replay, run_dir):
 
 # DIFFERS(planet, dreamerv2, merlin, gumbel_softmax): learn
 def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
-    """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics.
-
-    row, state: the rows of all environments and the state of the agent before them; now: see train, kept up to date.
-    """
+    """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics."""
     rows, per_update = args.batch_length + Agent.context, args.batch_size * args.batch_length / args.train_ratio
     stats, since, spent = {}, (time.time(), now["step"]), {"act": 0.0, "train": 0.0, "env": 0.0}
 

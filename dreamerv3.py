@@ -446,7 +446,7 @@ class Decoder(nn.Module):
             self.low = height // 16, width // 16, depths[0]  # rows, columns, channels of the smallest image
             pixels = int(np.prod(self.low))
             if args.deter % self.blocks or depths[0] % self.blocks:
-                fail(f"--deter {args.deter} --depth {args.depth}: allowed with images: --deter divisible by 8, --depth by 2")
+                fail(f"--deter {args.deter} --depth {args.depth}: allowed with images: multiples of 8, of 2")
             self.from_deter = BlockLinear(args.deter, pixels, self.blocks)
             self.from_stoch = nn.Sequential(*mlp(self.split[1], 2 * args.units, 1), nn.Linear(2 * args.units, pixels))
             self.convs = nn.ModuleList(nn.Conv2d(a, b, 5, padding=2) for a, b in zip(depths, depths[1:], strict=False))

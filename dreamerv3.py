@@ -146,12 +146,10 @@ def resolve(args: Args) -> Args:
 
     Stops with exit code 2 where flags are impossible or contradict each other.
     """
-    preset = {**RUN, **SIZES[args.size]}
+    preset = {**RUN, **SIZES[args.size], "action_repeat": {"ALE": 4, "dm_control": 2}.get(args.env_id.split("/")[0], 1)}
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
-    repeat = {"ALE": 4, "dm_control": 2}.get(args.env_id.split("/")[0], 1)
-    rows = min(args.total_timesteps * 9 // 8, 1_000_000)  # an eighth for the rows of resets
-    derived = {"action_repeat": repeat, "buffer_size": rows}
-    args = replace(args, **{key: value for key, value in derived.items() if getattr(args, key) is None})
+    if args.buffer_size is None:
+        args = replace(args, buffer_size=min(args.total_timesteps * 9 // 8, 1_000_000))  # an eighth for rows of resets
     positive = ["num_envs", "action_repeat", "total_timesteps", "batch_size", "train_ratio", "learning_starts"]
     positive += ["buffer_size", "checkpoint_every", "imag_horizon", "warmup", "eval_episodes"]
     bounds = dict.fromkeys(positive, 0) | {"batch_length": 1, "bins": 2}
@@ -544,9 +542,9 @@ def stack_steps(steps):
 class ThroughTime(torch.autograd.Function):
     """Backpropagation through time, but for the weights: these get their gradients for all steps at once.
 
-    Forward hands on the states that the loop gave. Backward adds to the gradient of each state what later steps pass
-    back, and gives the sums to the same states as computed again, all T at once, from the known states before them.
-    There a layer is one product in each direction, where the loop would have T small ones and T additions.
+    Forward hands on the states of the loop. Backward adds to the gradient of each what later steps pass back, and gives
+    the sums to the same states as computed again, all T at once from the known ones before them: there a layer is one
+    product in each direction, where the loop would have T small ones and T additions.
     """
 
     @staticmethod
@@ -1011,8 +1009,7 @@ class Replay:
         if size > free_memory(device):
             free = f"free are {free_memory(device) / 2**30:.1f} GiB"
             fail(f"--buffer-size {capacity}: {capacity:,} rows take {size / 2**30:.1f} GiB, but {free}")
-        shape = self.length, num_envs
-        self.data = {key: torch.zeros(shape + tuple(s), dtype=d, device=device) for key, (s, d) in spec.items()}
+        self.data = {key: torch.zeros(self.length, num_envs, *s, dtype=d, device=device) for key, (s, d) in spec.items()}
         self.device = device
         self.rows = 0  # added so far for each environment, kept or not
         self.online = 0  # windows that the online queue has handed out
@@ -1038,8 +1035,7 @@ class Replay:
                 break
             start[b], env[b] = self.online // N * T, self.online % N
             self.online += 1
-        index = (start[:, None] + torch.arange(T)) % self.length * N + env[:, None]
-        index = index.to(self.device, non_blocking=True)  # (B, T)
+        index = ((start[:, None] + torch.arange(T)) % self.length * N + env[:, None]).to(self.device, non_blocking=True)
         batch = {key: ring.flatten(0, 1)[index] for key, ring in self.data.items()}
         batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
         return {**batch, "index": index}

@@ -1009,7 +1009,8 @@ class Replay:
         if size > free_memory(device):
             free = f"free are {free_memory(device) / 2**30:.1f} GiB"
             fail(f"--buffer-size {capacity}: {capacity:,} rows take {size / 2**30:.1f} GiB, but {free}")
-        self.data = {key: torch.zeros(self.length, num_envs, *s, dtype=d, device=device) for key, (s, d) in spec.items()}
+        zeros = partial(torch.zeros, self.length, num_envs, device=device)
+        self.data = {key: zeros(*shape, dtype=dtype) for key, (shape, dtype) in spec.items()}
         self.device = device
         self.rows = 0  # added so far for each environment, kept or not
         self.online = 0  # windows that the online queue has handed out

@@ -85,8 +85,8 @@ def ticks(events):
         tick.plans, tick.names = of("plan"), " ".join(x.name for x in calls if x.name != "plan")
         for update, drawn in zip(tick.updates, of("sample"), strict=False):
             update.drawn = drawn.result
-        tick.inputs, result = {}, tick.act.result
-        for part in sorted(tick.act.given, key=lambda x: not isinstance(x, dict)):  # all in one, or row, is_first, state
+        given, result, tick.inputs = tick.act.given, tick.act.result, {}
+        for part in sorted(given, key=lambda x: not isinstance(x, dict)):  # all in one, or row, is_first, state
             tick.inputs |= plain(part) if isinstance(part, dict) else {"is_first": part}
         tick.action, tick.state = result if isinstance(result, tuple) else (tick.env.given[0], plain(result))
         tick.next, tick.after = tick.env.result, step + int((~row["is_last"]).sum())
@@ -169,7 +169,7 @@ def test_rows(name, num_envs):
         for before, row in zip([{}, *mine], mine, strict=False):
             assert row["is_first"] == last
             if last:
-                assert row["reward"] == 0 and not row["is_last"] and not row["is_terminal"] and (row["vector"] == 0).all()
+                assert not any(row[key].any() for key in ("vector", "reward", "is_last", "is_terminal"))
             else:
                 action, obs, reward, terminated, truncated = next(played)
                 assert before["action"] == action and equal(row["vector"], obs) and row["reward"] == reward
@@ -182,10 +182,9 @@ def test_rows(name, num_envs):
 @files
 @num_envs
 def test_states_are_carried(name, num_envs):
-    """The agent acts on the newest row, from the state that it returned one row before, in the beginning an empty one."""
+    """The agent acts on the newest row, from the state that it returned one row before; at first from an empty one."""
     run = play(name, num_envs=num_envs)
-    first = run.ticks[0]
-    states = [first.act.owner.initial(num_envs), *[tick.state for tick in run.ticks]]
+    states = [run.ticks[0].act.owner.initial(num_envs), *[tick.state for tick in run.ticks]]
     for tick, state in zip(run.ticks, states, strict=False):
         assert equal(tick.inputs["vector"], tick.row["vector"]) and equal(tick.inputs["is_first"], tick.row["is_first"])
         keys = state.keys() & tick.inputs.keys()
@@ -361,8 +360,8 @@ def test_planet_updates(num_envs, seeds, interval):
 
 @num_envs
 def test_planet_random_collection(num_envs):
-    """With collect "random" no action is planned, updates come as ever, and each checkpoint is followed by an evaluation
-    of the planner.
+    """With collect "random" no action is planned, updates come as ever, and each checkpoint is followed by an
+    evaluation of the planner.
     """
     run = play("planet", num_envs=num_envs, collect="random", iterations=1)
     assert not any(tick.plans for tick in run.ticks)

@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 REPLAYS = ["planet", "dreamerv2", "dreamerv3"]  # merlin has windows, and no replay
 SMALL = dict(batch_size=3, batch_length=5, imag_horizon=3, candidates=5, top=2, horizon=2, deter=16, hidden=8, units=8)
 SMALL |= dict(total_timesteps=60, checkpoint_every=25, window=5, train_ratio=6.0, learning_starts=11, stoch=4)
+SMALL |= dict(buffer_size=45)  # less than there are steps: rings run full
 SMALL |= dict(prefill=14, pretrain=2, train_every=2.5, seed_episodes=2, collect_interval=3)
 B, T = SMALL["batch_size"], SMALL["batch_length"]
 files = pytest.mark.parametrize("name", [*REPLAYS, "merlin"])
@@ -286,7 +287,7 @@ def test_dreamerv3_writes_states_back(ratio, num_envs):
                 for b, t in itertools.product(range(B), range(T)):
                     ring.flatten(0, 1)[index[b, t + 1]] = values[b, t]
             changed += not torch.equal(before, ring)
-    assert changed > 5 and len(run.ticks) > length or num_envs > 1
+    assert changed > 5 and len(run.ticks) > length
 
 
 @num_envs

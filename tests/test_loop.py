@@ -4,6 +4,7 @@
 import copy
 import functools
 import importlib
+import inspect
 import itertools
 import re
 import tempfile
@@ -30,15 +31,17 @@ num_envs = pytest.mark.parametrize("num_envs", [1, 3])
 
 
 def spy(patch, events, owner, method, name):
-    """Have a method, or a function of a module, note each call: given, the arguments after the first, as they were then
-    and as they are left; result. What it calls itself comes after it in events; what an evaluation does is left out.
+    """Have a method, or a function of a module, note each call: given, the arguments after the first; left, the same
+    when it is done; arguments, all by name; result. What it calls itself comes after it, but for an evaluation.
     """
     real = getattr(owner, method)
+    signature = inspect.signature(real)
 
     def call(*args, **kwargs):
         began, event = len(events), SimpleNamespace(name=name, owner=args[0], given=copy.deepcopy(args[1:]))
         result = real(*args, **kwargs)
         event.left, event.result = copy.deepcopy((args[1:], result))
+        event.arguments = signature.bind(*args, **kwargs).arguments
         event.data = copy.deepcopy(args[0].data) if name == "add" else None
         event.seen = copy.deepcopy(getattr(args[0], "seen", {}))  # what merlin's step of acting has computed
         events[began:] = [event] if name == "evaluate" else [event, *events[began:]]
@@ -190,6 +193,20 @@ def test_states_are_carried(name, num_envs):
         assert equal(tick.inputs["vector"], tick.row["vector"]) and equal(tick.inputs["is_first"], tick.row["is_first"])
         keys = state.keys() & tick.inputs.keys()
         assert {"action"} < keys and all(equal(state[key], tick.inputs[key]) for key in keys)
+
+
+@files
+def test_training_explores(name):
+    """In training the agent acts with its noise, as evaluation does not."""
+    assert not any(tick.act.arguments.get("eval") for tick in play(name, num_envs=3).ticks)
+
+
+@files
+def test_same_flags_same_run(name):
+    """The seed decides everything: a second run stores the same rows, another seed others."""
+    runs = [play(name, num_envs=3), play.__wrapped__(name, num_envs=3), play.__wrapped__(name, num_envs=3, seed=2)]
+    rows = [[(row["vector"], row["action"]) for row in stored(run)] for run in runs]
+    assert same(rows[0], rows[1]) and not same(rows[0], rows[2])
 
 
 @files

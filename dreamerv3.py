@@ -1364,7 +1364,6 @@ def load(path, device, need=()):
 
 
 # SHARED(planet, dreamerv2, dreamerv3, merlin): merge
-# DIFFERS(gumbel_softmax): merge
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
 
@@ -1382,7 +1381,6 @@ def merge(args, path, saved, free):
 
 
 # SHARED(planet, dreamerv2, dreamerv3, merlin): restore_weights
-# DIFFERS(gumbel_softmax): restore_weights
 def restore_weights(agent, state, path):
     """Load a state_dict, or stop with one line where shapes differ."""
     try:
@@ -1407,7 +1405,7 @@ def load_agent(path, args=None):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): show
-# DIFFERS(merlin, gumbel_softmax): show
+# DIFFERS(merlin): show
 def show(args):
     """--eval and --dream: print the returns, leave a GIF beside the checkpoint."""
     path = Path(args.eval or args.dream)
@@ -1521,7 +1519,7 @@ def restore(saved, args, agent, replay, run_dir):
     return {**saved["now"], "returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
 
 
-# DIFFERS(planet, dreamerv2, merlin, gumbel_softmax): learn
+# DIFFERS(planet, dreamerv2, merlin): learn
 def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics."""
     rows, per_update = args.batch_length + Agent.context, args.batch_size * args.batch_length / args.train_ratio

@@ -1051,7 +1051,6 @@ def load(path, device, need=()):
 
 
 # SHARED(planet, dreamerv2, dreamerv3, merlin): merge
-# DIFFERS(gumbel_softmax): merge
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
 
@@ -1069,7 +1068,6 @@ def merge(args, path, saved, free):
 
 
 # SHARED(planet, dreamerv2, dreamerv3, merlin): restore_weights
-# DIFFERS(gumbel_softmax): restore_weights
 def restore_weights(agent, state, path):
     """Load a state_dict, or stop with one line where shapes differ."""
     try:
@@ -1092,7 +1090,7 @@ def load_agent(path, args=None):
     return agent, args
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3, gumbel_softmax): show
+# DIFFERS(planet, dreamerv2, dreamerv3): show
 def show(args):
     """--eval and --analyse: print the returns, leave a GIF or a picture beside the checkpoint."""
     path = Path(args.eval or args.analyse)
@@ -1225,7 +1223,7 @@ def collect(args, agent, envs, row, state, now, writer, spent):
     return {**batch, **start}, row, state
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3, gumbel_softmax): learn
+# DIFFERS(planet, dreamerv2, dreamerv3): learn
 def learn(args, agent, envs, now, writer, run_dir):
     """The loop: play a window, learn from it, until total_timesteps. -> the last statistics.
 

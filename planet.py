@@ -1138,7 +1138,6 @@ def load(path, device, need=()):
 
 
 # SHARED(planet, dreamerv2, dreamerv3, merlin): merge
-# DIFFERS(gumbel_softmax): merge
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
 
@@ -1156,7 +1155,6 @@ def merge(args, path, saved, free):
 
 
 # SHARED(planet, dreamerv2, dreamerv3, merlin): restore_weights
-# DIFFERS(gumbel_softmax): restore_weights
 def restore_weights(agent, state, path):
     """Load a state_dict, or stop with one line where shapes differ."""
     try:
@@ -1221,7 +1219,7 @@ def load_agent(path, args=None):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): show
-# DIFFERS(merlin, gumbel_softmax): show
+# DIFFERS(merlin): show
 def show(args):
     """--eval and --dream: print the returns, leave a GIF beside the checkpoint."""
     path = Path(args.eval or args.dream)
@@ -1337,7 +1335,7 @@ def restore(saved, args, agent, replay, run_dir):
     return {**saved["now"], "returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
 
 
-# DIFFERS(dreamerv2, dreamerv3, merlin, gumbel_softmax): learn
+# DIFFERS(dreamerv2, dreamerv3, merlin): learn
 def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics.
 

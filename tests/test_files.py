@@ -21,7 +21,7 @@ TARGETS = {
     "dreamerv2": 1420,
     "merlin": 1190,
     "dreamerv3": 1420,
-    "gumbel_softmax": 1150,
+    "gumbel_softmax": 754,
 }  # lines without markers; a file may exceed its target by a tenth
 SECTIONS = [  # those of Replay and make_envs: in agents only
     "# SPDX-License-Identifier: MIT",

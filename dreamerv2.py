@@ -1127,7 +1127,7 @@ def adapt(env, args, repeat):
     return gym.wrappers.TransformObservation(env, as_dict, space)
 
 
-# DIFFERS(planet, dreamerv3, merlin): atari_envs
+# DIFFERS(planet, dreamerv3): atari_envs
 def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
     small = args.atari_protocol == "100k"
@@ -1256,7 +1256,6 @@ def open_loop(agent, batch):
 
 
 # SHARED(planet, dreamerv2): shown
-# DIFFERS(merlin): shown
 def shown(recon):
     """Predicted images, in -0.5 to 0.5, to 0 to 1."""
     return {key: (x + 0.5).clamp(0, 1) if x.dim() == 5 else x for key, x in recon.items()}
@@ -1403,7 +1402,7 @@ def show(args):
 # === Part 3: training =================================================================================================
 
 
-# DIFFERS(planet, dreamerv3, merlin): describe
+# DIFFERS(planet, dreamerv3): describe
 def describe(args, agent, replay, run_dir):
     """Say what is about to run, before it takes hours."""
     gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
@@ -1450,7 +1449,6 @@ def finite(stats):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): record
-# DIFFERS(merlin): record
 def record(writer, args, now, stats, spent, since, replay):
     """One progress line, and the scalars for TensorBoard. spent: seconds by part; since: time and step of last call.
 
@@ -1470,7 +1468,6 @@ def record(writer, args, now, stats, spent, since, replay):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): checkpoint
-# DIFFERS(merlin): checkpoint
 def checkpoint(args, run_dir, agent, replay, now, writer):
     """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint and the files it names."""
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
@@ -1483,7 +1480,6 @@ def checkpoint(args, run_dir, agent, replay, now, writer):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): restore
-# DIFFERS(merlin): restore
 def restore(saved, args, agent, replay, run_dir):
     """Bring agent, replay and random state to where the checkpoint was taken. -> now.
 
@@ -1498,7 +1494,7 @@ def restore(saved, args, agent, replay, run_dir):
     return {**saved["now"], "returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
 
 
-# DIFFERS(planet, dreamerv3, merlin, gumbel_softmax): learn
+# DIFFERS(planet, dreamerv3, gumbel_softmax): learn
 def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics.
 

@@ -1158,7 +1158,7 @@ def adapt(env, args, repeat):
     return gym.wrappers.TransformObservation(env, as_dict, space)
 
 
-# SHARED(planet, dreamerv3, merlin): atari_envs
+# SHARED(planet, dreamerv3): atari_envs
 # DIFFERS(dreamerv2): atari_envs
 def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
@@ -1427,7 +1427,7 @@ def show(args):
 # === Part 3: training =================================================================================================
 
 
-# DIFFERS(planet, dreamerv2, merlin): describe
+# DIFFERS(planet, dreamerv2): describe
 def describe(args, agent, replay, run_dir, needed):
     """Say what is about to run, before it takes hours. needed: rows at the first update."""
     gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
@@ -1473,7 +1473,6 @@ def finite(stats):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): record
-# DIFFERS(merlin): record
 def record(writer, args, now, stats, spent, since, replay):
     """One progress line, and the scalars for TensorBoard. spent: seconds by part; since: time and step of last call.
 
@@ -1493,7 +1492,6 @@ def record(writer, args, now, stats, spent, since, replay):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): checkpoint
-# DIFFERS(merlin): checkpoint
 def checkpoint(args, run_dir, agent, replay, now, writer):
     """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint and the files it names."""
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
@@ -1506,7 +1504,6 @@ def checkpoint(args, run_dir, agent, replay, now, writer):
 
 
 # SHARED(planet, dreamerv2, dreamerv3): restore
-# DIFFERS(merlin): restore
 def restore(saved, args, agent, replay, run_dir):
     """Bring agent, replay and random state to where the checkpoint was taken. -> now.
 
@@ -1521,7 +1518,7 @@ def restore(saved, args, agent, replay, run_dir):
     return {**saved["now"], "returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
 
 
-# DIFFERS(planet, dreamerv2, merlin, gumbel_softmax): learn
+# DIFFERS(planet, dreamerv2, gumbel_softmax): learn
 def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics.
 

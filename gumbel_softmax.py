@@ -1174,7 +1174,7 @@ def batches(count, size, step, seed, device="cpu"):
         step = (epoch + 1) * per_epoch
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3, merlin): learn
+# DIFFERS(planet, dreamerv2, dreamerv3): learn
 def learn(args, agent, data, now, writer, run_dir):
     """The loop, until total_steps. now: step, curve and seconds so far, kept up to date. -> the last statistics."""
     order = batches(len(data["train"]), args.batch_size, now["step"], args.seed, agent.device)

@@ -3,6 +3,7 @@
 
 import pathlib
 import shutil
+import sys
 
 import gymnasium as gym
 import numpy as np
@@ -15,6 +16,7 @@ from test_common import host_waits, same
 
 import merlin
 
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "results"))
 AGENTS = ["merlin", "rl_mem", "rl_lstm"]
 
 
@@ -27,8 +29,8 @@ def made(env_id="MemoryGame-6-v0", **flags):
     args = args_of(env_id, **flags)
     envs = merlin.make_envs(env_id, args.num_envs, args.seed, args)
     torch.manual_seed(0)
-    agent = merlin.Agent(envs.single_observation_space, envs.single_action_space, args)
-    if agent.merlin:
+    agent = merlin.AGENTS[args.agent](envs.single_observation_space, envs.single_action_space, args)
+    if args.agent == "merlin":
         torch.nn.init.normal_(agent.posterior[-1].weight, std=0.3)
     return envs, agent
 
@@ -42,26 +44,29 @@ class Silent:
 
 def window(envs, agent, windows=1):
     """-> batch of the last of some windows, row and state after it."""
-    now = {"step": 0, "recent": [], "returns": [0.0] * envs.num_envs, "lengths": [0] * envs.num_envs}
+    now, played = {"step": 0, "recent": []}, {"return": np.zeros(envs.num_envs), "length": np.zeros(envs.num_envs)}
     row, state = merlin.start_row(envs, 0), agent.initial(envs.num_envs)
     for _ in range(windows):
-        spent = {"act": 0.0, "env": 0.0}
-        batch, row, state = merlin.collect(agent.args, agent, envs, row, state, now, Silent(), spent)
+        batch, row, state = merlin.collect(agent.args, agent, envs, row, state, played, now, Silent())
     return batch, row, state
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+def empty(N, R, W):
+    """A memory before the first write."""
+    return {key: torch.zeros(N, *shape) for key, shape in merlin.memory_shapes(R, W).items()}
+
+
 def written(order, T=9, R=20, gamma=0.8, grad=False, N=3, Z=4):
     """Write T random contents without reads that matter. -> contents (N, T, Z), memory (N, R, 2*Z), state."""
     torch.manual_seed(0)
-    z, memory = torch.randn(N, T, Z), torch.zeros(N, R, 2 * Z)
-    state = {key: torch.zeros(N, R) for key in ("retro", "last", "usage", "age")} | {"count": torch.zeros(N).long()}
+    z, state = torch.randn(N, T, Z), empty(N, R, 2 * Z)
     with torch.set_grad_enabled(grad):
         for t in range(T):
-            memory, state = merlin.write(memory, state, z[:, t], torch.zeros(N, 1, R), gamma, order)
-    return z, memory, state
+            state = merlin.write(state, z[:, t], torch.zeros(N, 1, R), gamma, order)
+    return z, state["memory"], state
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -82,14 +87,13 @@ def test_rows_are_reused():
     """A full memory gives up the row read least per step, with its usage and its share of what comes; others stay."""
     R, N, gamma = 4, 2, 0.5
     z = torch.randn(N, 6, 3)
-    memory = torch.zeros(N, R, 6)
-    state = {key: torch.zeros(N, R) for key in ("retro", "last", "usage", "age")} | {"count": torch.zeros(N).long()}
+    state = empty(N, R, 6)
     reads = torch.tensor([[0.4, 0.35, 0.5, 0.9], [0.1, 0.4, 0.9, 0.9]])[:, None]  # the sum is least in rows 3 and 0
     kept = []
     for t in range(5):
-        before = memory.clone()
-        memory, state = merlin.write(memory.clone(), state, z[:, t], reads, gamma, "paper")
-        kept.append((before, memory.clone(), {key: x.clone() for key, x in state.items()}))
+        before = state["memory"].clone()
+        state = merlin.write({**state, "memory": before.clone()}, z[:, t], reads, gamma, "paper")
+        kept.append((before, state["memory"].clone(), {key: x.clone() for key, x in state.items()}))
     # usage at the fifth step: rows 0 to 3 were written at steps 0 to 3, and read since then
     since = reads[:, 0] * torch.tensor([4, 3, 2, 1])
     least = reads[:, 0].argmin(1)
@@ -108,12 +112,10 @@ def test_full_memory_goes_on_changing():
     """Many rows of a full memory are taken over, by what is read and not by how young they are."""
     torch.manual_seed(0)
     N, R, Z = 4, 20, 5
-    memory = torch.zeros(N, R, 2 * Z)
-    state = {key: torch.zeros(N, R) for key in ("retro", "last", "usage", "age")} | {"count": torch.zeros(N).long()}
-    taken = []
+    state, taken = empty(N, R, 2 * Z), []
     for _ in range(4 * R):
-        weights = merlin.read(memory, torch.randn(N, 3, 2 * Z), torch.full((N, 3), 3.0))[1]
-        memory, state = merlin.write(memory.clone(), state, torch.randn(N, Z), weights, 0.9, "paper")
+        weights = merlin.read(state["memory"], torch.randn(N, 3, 2 * Z), torch.full((N, 3), 3.0))[1]
+        state = merlin.write(state, torch.randn(N, Z), weights, 0.9, "paper")
         taken.append(state["last"].argmax(1))
     assert all(len(set(column.tolist())) > R // 4 for column in torch.stack(taken[R:], 1))
 
@@ -223,7 +225,7 @@ def test_who_sees_what():
         own = {**state, **{key: x for key, x in changed.items() if key in state}}
         given = {**inputs, **{key: x for key, x in changed.items() if key in inputs}}
         with torch.no_grad():
-            choose = lambda logits: agent.onehot(torch.full((N,), given["chosen"]))
+            choose = lambda logits: merlin.onehot(torch.full((N,), given["chosen"]), agent.actions)
             out, new = agent.tick(given["embed"], {key: x.clone() for key, x in own.items()}, given["noise"], choose)
         return {**out, **new}
 
@@ -509,7 +511,7 @@ def test_resume_is_exact(name, tmp_path, monkeypatch):
     counters, random state. A checkpoint in the midst of episodes changes nothing in the run that goes on.
     """
     flags = dict(agent=name, size="debug", device="cpu", num_envs=3, checkpoint_every=200)
-    results, restore = [], merlin.restore
+    results, collect = [], merlin.collect
     for i, every in enumerate((200, 10_000)):
         more = dict(total_timesteps=400, checkpoint_every=every, run_root=str(tmp_path / f"{i}"))
         results.append(merlin.load(merlin.train(merlin.Args(**{**flags, **more}))["run_dir"], "cpu"))
@@ -517,24 +519,24 @@ def test_resume_is_exact(name, tmp_path, monkeypatch):
     assert all(same(results[0][key], results[1][key]) for key in keys if key != "optimizer")
     half = merlin.train(merlin.Args(**flags, total_timesteps=200, run_root=str(tmp_path / "half")))
     run = pathlib.Path(half["run_dir"])
-    saved, ends = merlin.load(run, "cpu"), []
+    saved, ends, begun = merlin.load(run, "cpu"), [], set()
 
-    def restored(loaded, args, agent):
-        now = restore(loaded, args, agent)
-        assert same(agent.state_dict(), saved["agent"]) and torch.equal(torch.get_rng_state(), saved["random"])
-        state = agent.optimizer.state_dict()["state"]
-        assert state.keys() == saved["optimizer"]["state"].keys()
-        assert all(same(state[i], saved["optimizer"]["state"][i]) for i in state)
-        assert {**now, "returns": 0, "lengths": 0} == {**saved["now"], "returns": 0, "lengths": 0}
-        return now
+    def first(args, agent, envs, row, state, played, now, writer):
+        if args.resume not in begun:  # nothing has been played yet
+            assert same(agent.state_dict(), saved["agent"]) and torch.equal(torch.get_rng_state(), saved["random"])
+            optimizer = agent.optimizer.state_dict()["state"]
+            assert optimizer.keys() == saved["optimizer"]["state"].keys() and now == saved["now"]
+            assert all(same(optimizer[i], saved["optimizer"]["state"][i]) for i in optimizer)
+        begun.add(args.resume)
+        return collect(args, agent, envs, row, state, played, now, writer)
 
-    monkeypatch.setattr(merlin, "restore", restored)
+    monkeypatch.setattr(merlin, "collect", first)
     for folder in tmp_path / "a", tmp_path / "b":
         shutil.copytree(run, folder)
         torch.manual_seed(99)
         merlin.train(merlin.Args(resume=str(folder), device="cpu", total_timesteps=400))
         ends.append(merlin.load(folder, "cpu"))
-    assert all(same(ends[0][key], ends[1][key]) for key in keys if key != "optimizer")
+    assert all(same(ends[0][key], ends[1][key]) for key in keys if key != "optimizer") and len(begun) == 2
     pairs = zip(ends[0]["optimizer"]["state"].values(), ends[1]["optimizer"]["state"].values(), strict=True)
     assert all(same(a, b) for a, b in pairs)
 
@@ -557,18 +559,37 @@ def test_update_learns_one_window():
     assert history[-1]["losses/obs"] < history[0]["losses/obs"] / 2 and history[-1]["losses/kl"] > 0.3
 
 
-def test_analysis(tmp_path):
-    """--analyse leaves a picture; a baseline has none."""
+@pytest.mark.parametrize("env_id,kwargs", [("MemoryGame-6-v0", "{}"), ("MemoryGame-4-v0", '{"image": true}')])
+def test_analysis(env_id, kwargs, tmp_path, capsys):
+    """results/merlin_analyse.py leaves a picture of one whole episode beside the checkpoint."""
     pytest.importorskip("matplotlib")
-    for name in "merlin", "rl_mem":
-        flags = dict(size="debug", device="cpu", total_timesteps=60, run_root=str(tmp_path / name), agent=name)
-        run = merlin.train(merlin.Args(**flags))["run_dir"]
-        if name == "merlin":
-            merlin.train(merlin.Args(analyse=run, device="cpu"))
-            assert (pathlib.Path(run) / "analysis.png").stat().st_size > 10_000
-        else:
-            with pytest.raises(SystemExit):
-                merlin.train(merlin.Args(analyse=run, device="cpu"))
+    import merlin_analyse
+
+    flags = dict(env_id=env_id, env_kwargs=kwargs, size="debug", device="cpu", total_timesteps=60, num_envs=3)
+    run = merlin.train(merlin.Args(**flags, run_root=str(tmp_path)))["run_dir"]
+    merlin_analyse.main([run, "--device", "cpu"])
+    path = pathlib.Path(run) / "analysis.png"
+    assert path.stat().st_size > 10_000 and str(path) in capsys.readouterr().out
+    agent, args = merlin.load_agent(run, merlin.Args(device="cpu"))
+    steps = merlin_analyse.episode(agent, args)
+    weights, key = steps["weights"], "image" if "image" in kwargs else "vector"
+    assert torch.allclose(weights.sum(-1), torch.ones(weights.shape[:2])) and len(weights) == len(steps[key]) > 3
+    assert torch.equal(steps["state/count"], torch.arange(1.0, len(weights) + 1))  # one write a step, from the first on
+    seen = merlin_analyse.shown(steps[key], agent.decoder, key, seen=True)
+    assert seen.shape == ((64, 64 * len(weights), 3) if key == "image" else (9, len(weights)))
+    assert seen.min() >= 0 and seen.max() <= 1 and (key == "image" or (seen.sum(0) == 2).all())
+
+
+def test_analysis_of_a_baseline(tmp_path, capsys):
+    """Refused in one line: it predicts nothing."""
+    pytest.importorskip("matplotlib")
+    import merlin_analyse
+
+    flags = dict(agent="rl_mem", size="debug", device="cpu", total_timesteps=60, run_root=str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        merlin_analyse.main([merlin.train(merlin.Args(**flags))["run_dir"]])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "a baseline" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -576,7 +597,7 @@ def test_analysis(tmp_path):
     [
         (dict(env_id="MemoryGame-5-v0"), "5 cards"),
         (dict(env_id="Pendulum-v1"), "allowed: Discrete"),
-        (dict(env_id="CartPol-v1"), "CartPole-v1"),
+        (dict(env_id="CartPol-v1"), "CartPole"),
         (dict(window=0), "--window 0"),
         (dict(agent="rl_lstm", retroactive="none"), "--retroactive none"),
         (dict(agent="rl_mem", prior=False), "--prior False"),
@@ -593,7 +614,8 @@ def test_analysis(tmp_path):
         (dict(env_id="Tiny-sequence-v0"), "Sequence"),
         (dict(device="gpu"), "--device gpu"),
         (dict(eval="nothing.pt"), "nothing.pt"),
-        (dict(eval="a", analyse="b"), "--eval --analyse"),
+        (dict(resume="a", eval="b"), "--resume --eval"),
+        (dict(env_id="ALE/Pong-v5"), "ALE"),
     ],
 )
 def test_bad_input(flags, text, capsys, tmp_path):
@@ -624,7 +646,7 @@ def test_presets():
     for name, size in (("merlin", "paper"), ("rl_mem", "paper")):
         args = merlin.resolve(merlin.Args(size=size, agent=name, device="cpu"))
         image = spaces.Dict(image=spaces.Box(0, 255, (64, 64, 3), np.uint8))
-        agent = merlin.Agent(image, spaces.Discrete(5), args)
+        agent = merlin.AGENTS[name](image, spaces.Discrete(5), args)
         assert agent.encoder.image_net[-3].in_features == 64 * 8 * 8 and agent.encoder.image_net[-3].out_features == 500
 
 
@@ -637,10 +659,7 @@ def test_shape_comments(tmp_path):
         own |= dict(stoch=6, keys=3, rows=17) if name != "rl_lstm" else {}
 
         def run(own=own):
-            args = merlin.Args("envs:Tiny-both-discrete-v0", size="debug", device="cpu", **own, **flags)
-            result = merlin.train(args)
-            if args.agent == "merlin":
-                merlin.train(merlin.Args(analyse=result["run_dir"], device="cpu"))
+            merlin.train(merlin.Args("envs:Tiny-both-discrete-v0", size="debug", device="cpu", **own, **flags))
 
         known = dict(Z=4, A=3) if name == "rl_lstm" else dict(Z=6, W=12, R=17, A=3)
         errors, checked, unreached = shape_comments.check(merlin.__file__, run, known)
@@ -688,7 +707,9 @@ def test_text_is_left_out(tmp_path):
 
 def test_registering_is_lazy():
     """The game is known to gymnasium once it is asked for, by cards."""
-    merlin.register_game("MemoryGame-10-v0")
+    assert "MemoryGame-10-v0" not in gym.registry
+    made("MemoryGame-10-v0")
     assert gym.make("MemoryGame-10-v0").action_space == spaces.Discrete(11)
-    merlin.register_game("MemoryGame-x-v0")
+    with pytest.raises(SystemExit):
+        made("MemoryGame-x-v0")
     assert "MemoryGame-x-v0" not in gym.registry

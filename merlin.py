@@ -133,9 +133,8 @@ OF_A_CALL = ("device", "track")  # flags that a checkpoint does not hand on
 
 # DIFFERS(planet, dreamerv2, dreamerv3, gumbel_softmax): resolve
 def resolve(args: Args) -> Args:
-    """Fill what was left open (None) from the preset of --size. An explicit flag wins.
-
-    Stops with exit code 2 where flags are impossible or contradict each other.
+    """Fill what was left open (None) from the preset of --size; an explicit flag wins. Stops with exit code 2 where
+    flags are impossible or contradict each other.
     """
     game = re.fullmatch(r"MemoryGame-([1-9]\d*)-v0", args.env_id)
     if game and '"cards"' in args.env_kwargs:
@@ -210,15 +209,14 @@ def write(state, content, read_weights, gamma, retroactive):
 
         v_ret <- gamma v_ret + (1 - gamma) v_wr of the step before;  M <- M + v_wr [z, 0]^T + v_ret [0, z]^T
 
-    The lecture's order takes v_wr of this step, so that the sum begins with z_i itself. state: see
-    memory_shapes; content: (N, Z); read_weights: (N, K, R), summed as usage -> new state. Without gradients memory is
-    overwritten in place.
+    The lecture's order takes v_wr of this step, so that the sum begins with z_i itself. state: see memory_shapes;
+    content: (N, Z); read_weights: (N, K, R), summed as usage -> new state. Without gradients memory is overwritten.
     """
     R = state["memory"].shape[1]
     usage, age = state["usage"] + read_weights.detach().sum(1), state["age"] + 1  # (N, R) each
-    # room left: the next free row. Full: the row read least per step gives way; by the plain sum, always the newest
-    row = torch.where(state["count"] < R, state["count"], (usage / age).argmin(1))  # (N)
-    chosen = onehot(row, R)  # (N, R)
+    free = state["count"]  # (N): room left: the next free row
+    least = (usage / age).argmin(1)  # (N): full: the row read least per step gives way; by the sum it were the newest
+    chosen = onehot(torch.where(free < R, free, least), R)  # (N, R)
     kept = 1 - chosen  # (N, R): the chosen row is emptied; a free one is empty
     retro = state["retro"]
     if retroactive == "paper":
@@ -234,7 +232,7 @@ def write(state, content, read_weights, gamma, retroactive):
         memory = state["memory"].mul_(kept[..., None])
         memory.chunk(2, -1)[0].addcmul_(first, z)
         memory.chunk(2, -1)[1].addcmul_(second, z)
-    new = {"memory": memory, "count": state["count"] + 1, "retro": retro, "last": chosen}
+    new = {"memory": memory, "count": free + 1, "retro": retro, "last": chosen}
     return {**new, "usage": usage * kept, "age": age * kept}
 
 
@@ -253,9 +251,8 @@ def advantages(reward, value, is_last, is_terminal, gamma, lam):
 
 
 def window_returns(reward, value, is_last, is_terminal, gamma):
-    """R_t: rewards to the end of the episode or of the window, there bootstrapped by the value. Terminal rows: 0.
-
-    All (N, T+1) -> (N, T). It is advantages with lam = 1, plus the value.
+    """R_t: rewards to the end of the episode or of the window, there bootstrapped by the value. Terminal rows: 0. It is
+    advantages with lam = 1, plus the value. All (N, T+1) -> (N, T).
     """
     value = value * (1 - is_terminal.float())  # (N, T+1)
     return value[:, :-1] + advantages(reward, value, is_last, is_terminal, gamma, 1.0)
@@ -319,11 +316,12 @@ class Encoder(nn.Module):
         self.images = sorted(key for key, space in obs_space.items() if is_image(space))
         self.numbers = {key: x.nvec.tolist() for key, x in obs_space.items() if isinstance(x, spaces.MultiDiscrete)}
         self.vectors = sorted(key for key in obs_space if key not in self.images and key not in self.numbers)
-        self.channels, C = sum(self.shapes[key][-1] for key in self.images), args.depth
+        self.channels = sum(self.shapes[key][-1] for key in self.images)
         self.widths = {key: sum(counts) for key, counts in self.numbers.items()}
         self.widths |= {key: self.shapes[key][0] for key in self.vectors}
         self.size = action_size + 1 + sum(self.widths.values()) + (500 if self.images else 0)  # E
         if self.images:
+            C = args.depth
             blocks = [Bottleneck(self.channels, C, 2)] + [Bottleneck(C, C, stride) for stride in (1, 2, 1, 2, 1)]
             self.image_net = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(64 * C, 500), nn.LayerNorm(500), nn.Tanh())
 
@@ -350,8 +348,9 @@ class Decoder(nn.Module):
         self.numbers, self.vectors = encoder.numbers, encoder.vectors
         self.trunk = nn.Sequential(nn.Linear(args.stoch, args.units), nn.Tanh())
         self.heads = nn.ModuleDict({key: nn.Linear(args.units, width) for key, width in encoder.widths.items()})
-        self.action, self.reward, C = nn.Linear(args.units, action_size), nn.Linear(args.units, 1), args.depth
+        self.action, self.reward = nn.Linear(args.units, action_size), nn.Linear(args.units, 1)
         if self.images:
+            C = args.depth
             dense = [nn.Linear(args.stoch, 500), nn.ReLU(), nn.Linear(500, 64 * C), nn.ReLU()]
             blocks = [Bottleneck(C, C, stride) for stride in (1, -2, 1, -2, 1, -2)]
             image = [nn.Conv2d(C, encoder.channels, 1), nn.Sigmoid()]
@@ -473,17 +472,13 @@ class Agent(nn.Module):
         groups = self.networks(self.actions, self.encoder.size, args.stoch, args.hidden, 2 * args.stoch, args.keys)
         self.to(self.device)
         self.params = list(self.parameters())
-        for group in groups:
-            group["params"] = [p for module in group["params"] for p in module.parameters()]
-        graphs = args.cuda_graph and self.device.type == "cuda"
-        self.optimizer = torch.optim.Adam(groups, foreach=True, capturable=self.device.type == "cuda")
+        cuda = self.device.type == "cuda"
+        self.optimizer = torch.optim.Adam(groups, foreach=True, capturable=cuda)
+        graphs = args.cuda_graph and cuda
         self.update, self.captured_act = Captured(self.step, graphs), Captured(self.act_step, graphs)
 
     def networks(self, A, E, Z, U, W, K):
-        """Make them. -> groups for the optimiser: modules, rate, largest gradient norm.
-
-        self.carried: shapes of the state; self.scales: of losses.
-        """
+        """Make them; self.carried: shapes of the state; self.scales: of losses. -> groups for the optimiser."""
         args = self.args
         self.carried = {"action": (A,), "read": (K, W), "policy_read": (1, W), **memory_shapes(args.rows, W)}
         self.carried |= dict.fromkeys(("h", "c", "policy_h", "policy_c"), (2, U))
@@ -494,10 +489,10 @@ class Agent(nn.Module):
         self.value, self.advantage = mlp(Z + A, args.units, 1), mlp(Z + A, 50, 1)
         nn.init.zeros_(self.posterior[-1].weight)  # begins as the prior
         nn.init.zeros_(self.posterior[-1].bias)
-        predictor = list(self.children())
+        predictor = list(self.parameters())
         self.policy_lstm, self.policy_keys = DeepLSTM(Z + W, U), Keys(2 * U, 1, W)
         self.policy = mlp(Z + 2 * U + W, args.units, A)
-        policy = [self.policy_lstm, self.policy_keys, self.policy]
+        policy = list(nn.ModuleList([self.policy_lstm, self.policy_keys, self.policy]).parameters())
         # all in one sum: no gradient passes between policy and predictor
         self.scales = {"policy": 1.0, "kl": 1.0, "value": args.alpha_return, "advantage": args.alpha_return}
         self.scales |= {"image": args.alpha_image, "obs": args.alpha_obs}
@@ -514,24 +509,17 @@ class Agent(nn.Module):
         mean, log_std = params.chunk(2, -1)
         return mean, log_std.clamp(-6, 3).exp()
 
-    def latents(self, embed, state, noise):
-        """Prior from the past, posterior = prior + residual, and a sample. embed: (N, E); noise: (N, Z).
-
-        -> z (N, Z); mean and log of the deviation of posterior and prior (N, W) each, W = 2*Z.
-        """
-        past = torch.cat([state["h"].flatten(1), state["read"].flatten(1)], -1)
-        prior = self.prior(past).float()  # (N, W)
-        prior = prior if self.args.prior else torch.zeros_like(prior)
-        post = prior + self.posterior(torch.cat([embed, past, prior], -1)).float()  # (N, W)
-        mean, std = self.gaussian(post)
-        return mean + std * noise, post, prior
-
     def tick(self, embed, state, noise, choose):
         """One step in time, Algorithm 1. embed: (N, E); noise: (N, Z) ~ N(0, 1); choose: logits -> one-hot (N, A).
 
-        -> outputs {"logits": (N, A), ...}, among them the weights of all reads; the next state.
+        -> outputs {"logits": (N, A), "z": (N, Z), ...}, among them the weights of all reads; the next state.
         """
-        z, post, prior = self.latents(embed, state, noise)
+        past = torch.cat([state["h"].flatten(1), state["read"].flatten(1)], -1)
+        prior = self.prior(past).float()  # (N, W): mean and log of the deviation
+        prior = prior if self.args.prior else torch.zeros_like(prior)
+        post = prior + self.posterior(torch.cat([embed, past, prior], -1)).float()  # (N, W)
+        mean, std = self.gaussian(post)
+        z = mean + std * noise  # (N, Z)
         seen = z.detach()  # the policy reads and does not shape
         inputs = torch.cat([seen, state["policy_read"].flatten(1)], -1)
         h, c = self.policy_lstm(inputs, state["policy_h"], state["policy_c"])
@@ -660,7 +648,7 @@ class RLAgent(Agent):
             self.carried |= {"policy_read": (K, W), **memory_shapes(args.rows, W)}
             self.policy_keys, self.content = Keys(2 * U, K, W), nn.Linear(2 * U, Z)
         self.scales = {"policy": 1.0, "value": args.value_scale}
-        return [dict(params=list(self.children()), lr=args.policy_learning_rate, clip=args.clip, name="policy")]
+        return [dict(params=list(self.parameters()), lr=args.policy_learning_rate, clip=args.clip, name="policy")]
 
     @property
     def decoder(self):
@@ -752,9 +740,8 @@ class MemoryGame(gym.Env):
             raise ValueError(f"{cards} cards; allowed: an even number, at most 64")
         self.cards, self.image, self.render_mode = cards, image, render_mode
         self.action_space = spaces.Discrete(cards + 1)
-        self.observation_space = spaces.MultiDiscrete([cards, cards // 2])
-        if image:
-            self.observation_space = spaces.Box(0, 255, (64, 64, 3), np.uint8)
+        board, numbers = spaces.Box(0, 255, (64, 64, 3), np.uint8), spaces.MultiDiscrete([cards, cards // 2])
+        self.observation_space = board if image else numbers
         self.side = int(np.ceil(cards**0.5))  # of the board, in cards
         pixels = 64 // self.side - 2
         rng = np.random.default_rng(0)  # symbols are the same in every game: 5 x 5 patterns in many colours
@@ -780,8 +767,8 @@ class MemoryGame(gym.Env):
         return self.observe(), {}
 
     def step(self, action):
-        never = np.flatnonzero(~self.turned)
-        card = int(action) - 1 if action else int(never[0]) if len(never) else self.cards - 1
+        never = [*np.flatnonzero(~self.turned), self.cards - 1]
+        card = int(action) - 1 if action else int(never[0])
         pair = card != self.open and self.symbols[card] == self.symbols[self.open] and not self.removed[card]
         if pair:
             self.removed[[card, self.open]] = True
@@ -1109,8 +1096,7 @@ def train(args: Args) -> dict:
     gpu = torch.cuda.get_device_name(agent.device) if cuda else ""
     print(f"run       {run_dir}\ndevice    {gpu or warning}; PyTorch {torch.__version__}")
     print(f"agent     {args.agent}, {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
-    print(f"training  1 update on a window of {args.window} steps of {args.num_envs} environments, each window once")
-    print(f"length    {args.total_timesteps:,} policy steps of {args.action_repeat} frames", flush=True)
+    print(f"training  {args.window} steps of {args.num_envs} environments an update, each window once", flush=True)
     played = {"return": np.zeros(args.num_envs), "length": np.zeros(args.num_envs, int)}
     stats, began, since = {}, time.time(), now["step"]
     score = float(np.mean(now["recent"])) if now["recent"] else float("nan")

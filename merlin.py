@@ -16,7 +16,6 @@ is that of the paper, "lecture" the course NPFL139, whose memory game this file 
     python merlin.py --env-id minigrid:MiniGrid-MemoryS11-v0       any other id with Discrete actions; images: 64 x 64
     python merlin.py --resume runs/...                    go on where the last checkpoint stands
     python merlin.py --eval runs/.../checkpoint.pt        play 10 episodes, print the returns, save eval.gif
-    python merlin.py --no-prior                           the paper's analysis; or --no-return-grad, --retroactive none
 
 From Python:
     import merlin
@@ -95,9 +94,6 @@ class Args:
     alpha_action: float = 50.0  # of the previous action
     alpha_reward: float = 50.0  # of the previous reward
     alpha_return: float = 1.0  # of value and advantage; with 20 symbols are forgotten for it
-    retroactive: Literal["paper", "lecture", "none"] = "paper"  # second half of rows: what came after | from the row on
-    prior: bool = True  # learned from the past; without: standard normal
-    return_grad: bool = True  # return prediction shapes the latents
     stoch: int | None = None  # Z; by --size, as the six below: paper 200
     hidden: int | None = None  # U; paper 256
     units: int | None = None  # of the hidden layers of policy, value and decoder; paper 200
@@ -125,9 +121,8 @@ DEBUG = {**SMALL, "total_timesteps": 2_000, "num_envs": 8, "window": 8, "checkpo
 DEBUG |= dict(stoch=4, hidden=8, units=8, depth=4, keys=2)
 SIZES = {"debug": DEBUG, "small": SMALL, "paper": PAPER}
 ALPHAS = [field.name for field in fields(Args) if field.name.startswith("alpha_")]
-PREDICTOR = ["learning_rate", "predictor_clip", "prior", "return_grad", *ALPHAS]
-FOREIGN = {"merlin": ["value_scale"], "rl_mem": PREDICTOR}  # flags that an agent has no use for
-FOREIGN["rl_lstm"] = [*PREDICTOR, "retroactive", "rows", "keys", "stoch"]
+FOREIGN = {"merlin": ["value_scale"], "rl_mem": ["learning_rate", "predictor_clip", *ALPHAS]}  # of no use to an agent
+FOREIGN["rl_lstm"] = [*FOREIGN["rl_mem"], "rows", "keys", "stoch"]
 OF_A_CALL = ("device", "track")  # flags that a checkpoint does not hand on
 
 
@@ -203,13 +198,13 @@ def read(memory, keys, strengths):
     return weights @ memory, weights
 
 
-def write(state, content, read_weights, gamma, retroactive):
+def write(state, content, read_weights, gamma):
     """Store content in the first half of one row, and add it to the second halves of the rows written before, fading:
     row i ends as [z_i, (1 - gamma) sum over t > i of gamma^(t-i-1) z_t], a summary of what came after it.
 
         v_ret <- gamma v_ret + (1 - gamma) v_wr of the step before;  M <- M + v_wr [z, 0]^T + v_ret [0, z]^T
 
-    The lecture's order takes v_wr of this step, so that the sum begins with z_i itself. state: see memory_shapes;
+    In the order of the lecture, v_wr is that of this step, and the sum begins with z_i itself. state: memory_shapes;
     content: (N, Z); read_weights: (N, K, R), summed as usage -> new state. Without gradients memory is overwritten.
     """
     R = state["memory"].shape[1]
@@ -218,11 +213,7 @@ def write(state, content, read_weights, gamma, retroactive):
     least = (usage / age).argmin(1)  # (N): full: the row read least per step gives way; by the sum it were the newest
     chosen = onehot(torch.where(free < R, free, least), R)  # (N, R)
     kept = 1 - chosen  # (N, R): the chosen row is emptied; a free one is empty
-    retro = state["retro"]
-    if retroactive == "paper":
-        retro = (gamma * retro + (1 - gamma) * state["last"]) * kept  # (N, R)
-    elif retroactive == "lecture":
-        retro = gamma * retro * kept + (1 - gamma) * chosen  # (N, R)
+    retro = (gamma * state["retro"] + (1 - gamma) * state["last"]) * kept  # (N, R)
     z = content[:, None]  # (N, 1, Z)
     first, second = chosen[..., None], retro[..., None]  # (N, R, 1) each
     if torch.is_grad_enabled():  # products by element: those of matrices are rounded on a GPU (TF32)
@@ -516,7 +507,6 @@ class Agent(nn.Module):
         """
         past = torch.cat([state["h"].flatten(1), state["read"].flatten(1)], -1)
         prior = self.prior(past).float()  # (N, W): mean and log of the deviation
-        prior = prior if self.args.prior else torch.zeros_like(prior)
         post = prior + self.posterior(torch.cat([embed, past, prior], -1)).float()  # (N, W)
         mean, std = self.gaussian(post)
         z = mean + std * noise  # (N, Z)
@@ -530,7 +520,7 @@ class Agent(nn.Module):
         inputs = torch.cat([z, action, state["read"].flatten(1)], -1)
         new["h"], new["c"] = self.lstm(inputs, state["h"], state["c"])
         new["read"], weights = read(state["memory"], *self.keys(new["h"]))
-        new |= write(state, seen, weights, self.args.gamma, self.args.retroactive)  # reads come before the write
+        new |= write(state, seen, weights, self.args.gamma)  # reads come before the write
         outputs = dict(logits=logits, z=z, post=post, prior=prior, weights=weights, policy_weights=policy_weights)
         return outputs, new
 
@@ -594,7 +584,7 @@ class Agent(nn.Module):
         losses["value"] = (returns - value[:, :-1]).square() / 2 * acts
         stats = {"policy_entropy": entropy, "value_mean": fixed, "return_mean": returns}
         for key in out.keys() & {"weights", "policy_weights"}:  # of reads: 0 where one row is read, ln R: all alike
-            w = out[key][:, :-1]  # (N, T, K, R)
+            w = out[key][:, :-1]
             stats[key.replace("weights", "read_entropy")] = -(w * (w + 1e-9).log()).sum(-1)
         return losses, returns, acts, stats
 
@@ -602,7 +592,7 @@ class Agent(nn.Module):
         """-> losses of each row that acts or is seen, (N, T) each; statistics. See unroll for the batch."""
         out = self.unroll(batch)
         logp = out["logits"].log_softmax(-1)  # (N, T+1, A)
-        z = out["z"] if self.args.return_grad else out["z"].detach()  # (N, T+1, Z)
+        z = out["z"]  # (N, T+1, Z)
         value = self.value(torch.cat([z, logp.detach()], -1))[..., 0]  # (N, T+1)
         losses, returns, acts, stats = self.reinforce(batch, out, logp, value)
         action = onehot(batch["action"][:, :-1], self.actions)  # (N, T, A)
@@ -663,8 +653,7 @@ class RLAgent(Agent):
         outputs, new = {"logits": logits, "feat": feat}, {"policy_h": h, "policy_c": c, "action": choose(logits)}
         if self.remembers:
             new["policy_read"], weights = read(state["memory"], *self.policy_keys(h))
-            content = self.content(h.flatten(1)).float()
-            new |= write(state, content, weights, self.args.gamma, self.args.retroactive)
+            new |= write(state, self.content(h.flatten(1)).float(), weights, self.args.gamma)
             outputs["policy_weights"] = weights
         return outputs, new
 
@@ -993,9 +982,8 @@ def load_agent(path, args=None):
 # DIFFERS(planet, dreamerv2, dreamerv3, gumbel_softmax): show
 def show(args):
     """--eval: print the returns, leave a GIF beside the checkpoint."""
-    path = Path(args.eval)
-    folder = path if path.is_dir() else path.parent
-    agent, args = load_agent(path, args)
+    folder = Path(args.eval) if Path(args.eval).is_dir() else Path(args.eval).parent
+    agent, args = load_agent(args.eval, args)
     scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
     shown = " ".join(f"{score:g}" for score in scores[:20]) + " ..." * (len(scores) > 20)
     print(f"{args.env_id}, {len(scores)} episodes: {shown}")
@@ -1107,9 +1095,10 @@ def train(args: Args) -> dict:
             batch, row, state = collect(args, agent, envs, row, state, played, now, writer)
             stats = agent.update(batch)
             now["updates"] += 1
-            step, score = now["step"], float(np.mean(now["recent"])) if now["recent"] else float("nan")
-            log = step >= args.total_timesteps or time.time() - began > args.log_every
-            keep = step >= args.total_timesteps or before // args.checkpoint_every < step // args.checkpoint_every
+            step, done = now["step"], now["step"] >= args.total_timesteps
+            score = float(np.mean(now["recent"])) if now["recent"] else float("nan")
+            log = done or time.time() - began > args.log_every
+            keep = done or before // args.checkpoint_every < step // args.checkpoint_every
             if log or keep or not cuda:  # a GPU is waited for only then
                 stats = finite(stats)
             if log:
@@ -1118,8 +1107,8 @@ def train(args: Args) -> dict:
                 left = f"{max(0, args.total_timesteps - step) / speed / 60:.1f} min"
                 line = f"step {step:,}/{args.total_timesteps:,}  return {score:.1f}  {speed:.1f} steps/s"
                 print(f"{line}  updates {now['updates']:,}  loss {stats['losses/total']:.1f}  left {left}", flush=True)
-                charts = {"SPS": speed, "frames": step * args.action_repeat, "gradient_steps": now["updates"]}
-                for key, value in {**stats, **{f"charts/{key}": x for key, x in charts.items()}}.items():
+                charts = {"charts/SPS": speed, "charts/frames": step * args.action_repeat}
+                for key, value in {**stats, **charts, "charts/gradient_steps": now["updates"]}.items():
                     writer.add_scalar(key, value, step)
             if keep:
                 parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now}

@@ -1,32 +1,48 @@
 # SPDX-License-Identifier: MIT
 """merlin.py: the memory in closed form, who learns from what, targets by hand, the game, runs of all three agents."""
 
-import pathlib
+import importlib.util
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import shape_comments
 import torch
+from conftest import ROOT
 from gymnasium import spaces
 from PIL import Image
 from test_common import host_waits, same
 
 import merlin
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "results"))
+sys.path.append(str(ROOT / "results"))
 AGENTS = ["merlin", "rl_mem", "rl_lstm"]
+PATCHES = ["lecture_order", "no_prior", "no_retroactive", "no_return_grad"]
 
 
-def args_of(env_id="MemoryGame-6-v0", **flags):
-    return merlin.resolve(merlin.Args(env_id=env_id, **{"size": "debug", "device": "cpu", **flags}))
+@pytest.fixture
+def ablated(request, tmp_path):
+    """merlin.py with one patch of results/ablations, as a module of its own; with None as it is."""
+    if request.param is None:
+        yield merlin
+        return
+    name = f"merlin_{request.param}"
+    shutil.copy(ROOT / "merlin.py", tmp_path)
+    subprocess.run(["git", "apply", ROOT / "results" / "ablations" / f"{name}.patch"], cwd=tmp_path, check=True)
+    spec = importlib.util.spec_from_file_location(name, tmp_path / "merlin.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where dataclass looks for the annotations
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[name]
 
 
-def made(env_id="MemoryGame-6-v0", **flags):
+def made(env_id="MemoryGame-6-v0", merlin=merlin, **flags):
     """-> environments, an agent with weights that are not zero anywhere."""
-    args = args_of(env_id, **flags)
+    args = merlin.resolve(merlin.Args(env_id=env_id, **{"size": "debug", "device": "cpu", **flags}))
     envs = merlin.make_envs(env_id, args.num_envs, args.seed, args)
     torch.manual_seed(0)
     agent = merlin.AGENTS[args.agent](envs.single_observation_space, envs.single_action_space, args)
@@ -42,7 +58,7 @@ class Silent:
         pass
 
 
-def window(envs, agent, windows=1):
+def window(envs, agent, windows=1, merlin=merlin):
     """-> batch of the last of some windows, row and state after it."""
     now, played = {"step": 0, "recent": []}, {"return": np.zeros(envs.num_envs), "length": np.zeros(envs.num_envs)}
     row, state = merlin.start_row(envs, 0), agent.initial(envs.num_envs)
@@ -59,26 +75,26 @@ def empty(N, R, W):
     return {key: torch.zeros(N, *shape) for key, shape in merlin.memory_shapes(R, W).items()}
 
 
-def written(order, T=9, R=20, gamma=0.8, grad=False, N=3, Z=4):
+def written(merlin, grad, T=9, R=20, gamma=0.8, N=3, Z=4):
     """Write T random contents without reads that matter. -> contents (N, T, Z), memory (N, R, 2*Z), state."""
     torch.manual_seed(0)
     z, state = torch.randn(N, T, Z), empty(N, R, 2 * Z)
     with torch.set_grad_enabled(grad):
         for t in range(T):
-            state = merlin.write(state, z[:, t], torch.zeros(N, 1, R), gamma, order)
+            state = merlin.write(state, z[:, t], torch.zeros(N, 1, R), gamma)
     return z, state["memory"], state
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("order", ["paper", "lecture", "none"])
-def test_memory_in_closed_form(order, grad):
+@pytest.mark.parametrize("ablated", [None, "lecture_order", "no_retroactive"], indirect=True)
+def test_memory_in_closed_form(ablated, grad):
     """Row i: z_i, and (1 - gamma) sum of gamma^(t-i-1) z_t over t > i; lecture: gamma^(t-i) over t >= i."""
-    z, memory, state = written(order, grad=grad)
+    z, memory, state = written(ablated, grad)
     assert torch.equal(memory[:, :9, :4], z) and (memory[:, 9:] == 0).all()  # first halves are never touched again
     for i in range(9):
-        terms = {"paper": [(0.8 ** (t - i - 1), t) for t in range(i + 1, 9)], "none": []}
-        terms["lecture"] = [(0.8 ** (t - i), t) for t in range(i, 9)]
-        expected = sum((0.2 * weight * z[:, t] for weight, t in terms[order]), torch.zeros(3, 4))
+        terms = {"merlin": [(0.8 ** (t - i - 1), t) for t in range(i + 1, 9)], "merlin_no_retroactive": []}
+        terms["merlin_lecture_order"] = [(0.8 ** (t - i), t) for t in range(i, 9)]
+        expected = sum((0.2 * weight * z[:, t] for weight, t in terms[ablated.__name__]), torch.zeros(3, 4))
         assert torch.allclose(memory[:, i, 4:], expected, atol=1e-6), i
     assert (state["count"] == 9).all()
 
@@ -92,7 +108,7 @@ def test_rows_are_reused():
     kept = []
     for t in range(5):
         before = state["memory"].clone()
-        state = merlin.write({**state, "memory": before.clone()}, z[:, t], reads, gamma, "paper")
+        state = merlin.write({**state, "memory": before.clone()}, z[:, t], reads, gamma)
         kept.append((before, state["memory"].clone(), {key: x.clone() for key, x in state.items()}))
     # usage at the fifth step: rows 0 to 3 were written at steps 0 to 3, and read since then
     since = reads[:, 0] * torch.tensor([4, 3, 2, 1])
@@ -115,7 +131,7 @@ def test_full_memory_goes_on_changing():
     state, taken = empty(N, R, 2 * Z), []
     for _ in range(4 * R):
         weights = merlin.read(state["memory"], torch.randn(N, 3, 2 * Z), torch.full((N, 3), 3.0))[1]
-        state = merlin.write(state, torch.randn(N, Z), weights, 0.9, "paper")
+        state = merlin.write(state, torch.randn(N, Z), weights, 0.9)
         taken.append(state["last"].argmax(1))
     assert all(len(set(column.tolist())) > R // 4 for column in torch.stack(taken[R:], 1))
 
@@ -286,20 +302,38 @@ def test_policy_and_predictor_are_apart():
     assert {"lstm", "keys"} <= reached(agent, losses["obs"].mean())  # through the prior, over time
 
 
-def test_ablations():
-    """No gradient of returns, no reconstruction, no prior, no retroactive half: each leaves out what it says."""
-    envs, agent = made(return_grad=False)
-    losses, _ = agent.losses(window(envs, agent)[0])
-    assert reached(agent, losses["value"].mean()) == {"value"}
-    assert reached(agent, losses["advantage"].mean()) == {"advantage"}
-    envs, agent = made(prior=False)
-    batch = window(envs, agent)[0]
-    assert (agent.unroll(batch)["prior"] == 0).all() and "prior" not in reached(
-        agent, agent.losses(batch)[0]["kl"].mean()
-    )
-    envs, agent = made(retroactive="none")
-    memory = window(envs, agent)[2]["memory"]
-    assert (memory[..., 4:] == 0).all() and memory[..., :4].abs().max() > 0
+def test_every_patch_is_tested():
+    """The list of this file is that of the folder."""
+    found = sorted(path.name for path in (ROOT / "results" / "ablations").glob("merlin_*"))
+    assert found == [f"merlin_{name}.patch" for name in PATCHES]
+
+
+@pytest.mark.parametrize("ablated", PATCHES, indirect=True)
+def test_ablated_file_runs(ablated, tmp_path):
+    """The patch applies, and the file trains, saves and evaluates."""
+    flags = dict(size="debug", device="cpu", total_timesteps=200, num_envs=3, run_root=str(tmp_path))
+    result = ablated.train(ablated.Args(**flags))
+    assert result["updates"] > 5 and np.isfinite(result["losses/total"])
+    agent, args = ablated.load_agent(result["run_dir"])
+    assert len(ablated.evaluate(agent, args, 1)) == 1
+
+
+@pytest.mark.parametrize("ablated", [None, *PATCHES], indirect=True)
+def test_ablations(ablated):
+    """No gradient of returns, no prior, no retroactive half: each leaves out what it says, and nothing else."""
+    envs, agent = made(merlin=ablated)
+    batch, _, state = window(envs, agent, merlin=ablated)
+    losses, _ = agent.losses(batch)
+    alone = [reached(agent, losses[key].mean()) == {key} for key in ("value", "advantage")]
+    assert alone == [ablated.__name__ == "merlin_no_return_grad"] * 2
+    plain = [bool((agent.unroll(batch)["prior"] == 0).all()), "prior" not in reached(agent, losses["kl"].mean())]
+    assert plain == [ablated.__name__ == "merlin_no_prior"] * 2
+    assert (state["memory"][..., 4:] == 0).all() == (ablated.__name__ == "merlin_no_retroactive")
+    assert state["memory"][..., :4].abs().max() > 0
+
+
+def test_no_reconstruction():
+    """A weight of 0 leaves a loss out."""
     envs, agent = made(alpha_obs=0.0)
     stats = agent.update(window(envs, agent)[0])
     scaled = {"kl": 1, "action": 50, "reward": 50, "value": 1, "advantage": 1, "policy": 1}
@@ -518,7 +552,7 @@ def test_resume_is_exact(name, tmp_path, monkeypatch):
     keys = "agent", "optimizer", "now", "random"
     assert all(same(results[0][key], results[1][key]) for key in keys if key != "optimizer")
     half = merlin.train(merlin.Args(**flags, total_timesteps=200, run_root=str(tmp_path / "half")))
-    run = pathlib.Path(half["run_dir"])
+    run = Path(half["run_dir"])
     saved, ends, begun = merlin.load(run, "cpu"), [], set()
 
     def first(args, agent, envs, row, state, played, now, writer):
@@ -568,7 +602,7 @@ def test_analysis(env_id, kwargs, tmp_path, capsys):
     flags = dict(env_id=env_id, env_kwargs=kwargs, size="debug", device="cpu", total_timesteps=60, num_envs=3)
     run = merlin.train(merlin.Args(**flags, run_root=str(tmp_path)))["run_dir"]
     merlin_analyse.main([run, "--device", "cpu"])
-    path = pathlib.Path(run) / "analysis.png"
+    path = Path(run) / "analysis.png"
     assert path.stat().st_size > 10_000 and str(path) in capsys.readouterr().out
     agent, args = merlin.load_agent(run, merlin.Args(device="cpu"))
     steps = merlin_analyse.episode(agent, args)
@@ -599,8 +633,8 @@ def test_analysis_of_a_baseline(tmp_path, capsys):
         (dict(env_id="Pendulum-v1"), "allowed: Discrete"),
         (dict(env_id="CartPol-v1"), "CartPole"),
         (dict(window=0), "--window 0"),
-        (dict(agent="rl_lstm", retroactive="none"), "--retroactive none"),
-        (dict(agent="rl_mem", prior=False), "--prior False"),
+        (dict(agent="rl_lstm", stoch=7), "--stoch 7"),
+        (dict(agent="rl_mem", predictor_clip=1.0), "--predictor-clip 1"),
         (dict(agent="rl_mem", learning_rate=1e-2), "--learning-rate 0.01"),
         (dict(agent="rl_mem", alpha_obs=1.0), "--alpha-obs 1"),
         (dict(value_scale=1.0), "--value-scale 1"),
@@ -654,8 +688,8 @@ def test_shape_comments(tmp_path):
     """Every trailing shape comment holds in a real run, with sizes chosen to be told apart, and each one is reached."""
     flags = dict(hidden=11, units=13, window=5, num_envs=4)
     missed = []
-    for name, order in ("merlin", "paper"), ("merlin", "lecture"), ("rl_mem", "paper"), ("rl_lstm", "paper"):
-        own = dict(agent=name, retroactive=order, run_root=str(tmp_path / name / order), total_timesteps=60)
+    for name in AGENTS:
+        own = dict(agent=name, run_root=str(tmp_path / name), total_timesteps=60)
         own |= dict(stoch=6, keys=3, rows=17) if name != "rl_lstm" else {}
 
         def run(own=own):

@@ -55,7 +55,6 @@ Estimator = Literal["reinforce", "darn", "muprop", "st", "slope_annealed_st", "g
 Newer = Literal["rloo", "reinmax", "gumbel_rao", "decoupled_st_gs", "rebar", "disarm"]
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3, merlin): Args
 @dataclass
 class Args:
     task: Literal["vae", "sbn"] = "vae"  # model the image | predict its lower half from its upper half (two layers)
@@ -91,7 +90,6 @@ SIZES = {
 }
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3, merlin): resolve
 def resolve(args: Args) -> Args:
     """Fill what was left open (None) from the preset of --size and the task; an explicit flag wins. Stops with exit
     code 2 where flags are impossible or contradict each other.
@@ -141,7 +139,6 @@ def onehot_max(x):
     return torch.zeros_like(x).scatter_(-1, x.argmax(-1, keepdim=True), 1.0)
 
 
-# DIFFERS(dreamerv2, dreamerv3, merlin): sample_onehot
 def sample_onehot(logp, copies=()):
     """Sample a categorical exactly, by inversion: a uniform number per variable, compared with the cumulative sums.
     logp: (..., K) log-probabilities; copies: extra leading axes -> one-hot (*copies, ..., K), no gradient. Unlike
@@ -154,7 +151,6 @@ def sample_onehot(logp, copies=()):
     return z
 
 
-# SHARED(dreamerv2, dreamerv3, gumbel_softmax): straight_through
 def straight_through(onehot, probs):
     """The value of the sample with the gradient of the probabilities (Bengio et al. 2013). Both (..., K)."""
     return onehot + (probs - probs.detach())  # with other parentheses the sum is off one-hot by rounding
@@ -165,7 +161,6 @@ def zero(x):
     return x - x.detach()
 
 
-# SHARED(dreamerv2, dreamerv3, gumbel_softmax): kl_categorical
 def kl_categorical(logp, logq):
     """KL(p || q) in nats of S independent categoricals. Log-probabilities (..., S, K) -> (...)."""
     return (logp.exp() * (logp - logq)).sum((-2, -1))
@@ -442,7 +437,6 @@ def linear(inputs, outputs):
     return layer
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3, merlin): Agent
 class Agent(nn.Module):
     """The paper's networks, linear between layers of 200 units. vae: 784-200-784 with a learned prior; sbn:
     392-200-200-392. A layer is S x K = 20 x 10 classes or 200 bits.
@@ -569,14 +563,12 @@ class Agent(nn.Module):
 # === Part 2: plumbing =================================================================================================
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): fail
 def fail(message):
     """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): pick_device
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
     cuda = torch.cuda.is_available()
@@ -656,7 +648,6 @@ def load_data(args, device):
     return {key: torch.from_numpy(images).to(device) for key, images in data.items()}
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3, merlin): evaluate
 def evaluate(agent, images, samples):
     """Bounds of -ln p(x) in nats, from hard samples, printed. images: uint8 (n, 784).
     -> {"bound": of `samples` samples, -ln mean_i w_i, the figure of Table 1; "bound_1": of one sample}, means over the
@@ -674,7 +665,6 @@ def evaluate(agent, images, samples):
     return {"bound": bound, "bound_1": bound_1}
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): save
 def save(path, **state):
     """Atomic: either the whole new file stands under its name, or still the old one, and nothing beside it."""
     temporary = Path(path).with_suffix(".tmp")
@@ -688,7 +678,6 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): load
 def load(path, device, need=()):
     """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
@@ -701,7 +690,6 @@ def load(path, device, need=()):
         fail(f"{path}: cannot be read ({type(error).__name__}: {text}); allowed: a checkpoint.pt")
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3, merlin): load_agent
 def load_agent(path, args=None, free=("eval", "device", "data", "eval_samples", "eval_images")):
     """path: checkpoint or run folder -> the agent, its Args: the flags of the checkpoint. args: those of a call. Those
     named in free replace the checkpoint's; all others, where they are given and not the default, must agree with it.
@@ -728,7 +716,6 @@ def load_agent(path, args=None, free=("eval", "device", "data", "eval_samples", 
 # === Part 3: training =================================================================================================
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): finite
 def finite(stats):
     """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
     update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
@@ -751,7 +738,6 @@ def batches(count, size, step, seed, device="cpu"):
         step += 1
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3, merlin): train
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "curve", "seconds", bounds, losses}; --eval: bounds only."""
     if args.eval and args.resume:

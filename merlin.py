@@ -176,7 +176,7 @@ def resolve(args: Args) -> Args:
 # === Part 1: the algorithm ============================================================================================
 
 
-# SHARED(planet, dreamerv2, merlin): kl_gaussian
+# SHARED(planet, merlin): kl_gaussian
 def kl_gaussian(mean, std, mean2, std2):
     """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
     return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)

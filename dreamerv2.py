@@ -18,7 +18,8 @@ of it, "Table" its hyperparameter table D.1, "code" the authors' release in its 
     python dreamerv2.py --eval runs/.../checkpoint.pt     play 10 episodes, print the returns, save eval.gif
     python dreamerv2.py --dream runs/.../checkpoint.pt    the policy rolled out in imagination only, save dream.gif
 
-Ablations of Table 2: --no-gru-norm, --no-reward-grad, --latent gaussian, --kl-balance 0.5, --rho 0, --no-image-grad.
+Ablations of Table 2: --kl-balance 0.5, --rho 0, and git apply results/ablations/dreamerv2_NAME.patch with gaussian,
+no_gru_norm, no_image_grad or no_reward_grad; schedules is what the first release anneals.
 
 From Python:
     import dreamerv2
@@ -50,8 +51,7 @@ Differs from paper and code, on purpose:
   keep their first action.
 - Before an episode has finished, what there is of it can be sampled; afterwards finished episodes only, as in the code:
   an episode that never ends is then never seen.
-- --schedules follows the number of updates, not of steps; actions are stopped in the REINFORCE part, as elsewhere.
-- Without layer norm the GRU cell keeps its form; in the paper's ablation it was another cell.
+- Actions are stopped in the REINFORCE part, as elsewhere.
 """
 
 import copy
@@ -105,7 +105,6 @@ class Args:
     gamma: float | None = None  # discount; Atari 0.999, dm_control 0.99
     lam: float = 0.95  # lambda of the returns, Table
     rho: float | None = None  # Eq. 6: 1 REINFORCE, 0 dynamics backpropagation; by default 1 for Discrete, 0 for Box
-    schedules: bool = False  # anneal rho 0.9 -> 1 and the entropy scale 3e-3 -> 3e-4 over 2.5M steps: first release
     advantage: Literal["paper", "code"] | None = None  # V_t - v_t | V_{t+1} - slow v_t; code, but for size atari
     entropy_scale: float | None = None  # Eq. 6; Atari 1e-3, dm_control 1e-4
     slow_every: int = 100  # updates between copies of the critic to the slow critic, Table
@@ -121,11 +120,7 @@ class Args:
     cont_scale: float | None = None  # of the loss of the discount predictor; 0: there is none. Atari 5; code
     tanh_reward: bool | None = None  # squash rewards before they are predicted; True for Atari, crafter
     ends: bool | None = None  # favour the last window of an episode, T + 1 fold; code: not for dm_control
-    latent: Literal["categorical", "gaussian"] = "categorical"  # Table 2
-    gru_norm: bool = True  # layer norm in the GRU cell, Table 2
-    norm: bool | None = None  # layer norm in all other layers; crafter True; code
-    image_grad: bool = True  # what is reconstructed shapes the latents, Table 2
-    reward_grad: bool = True  # predicted rewards shape the latents, Table 2
+    norm: bool | None = None  # layer norm beyond the GRU cell; crafter True; code
     stoch: int | None = None  # S; Table: 32
     classes: int | None = None  # K; Table: 32
     deter: int | None = None  # D; Table: 600
@@ -145,29 +140,45 @@ class Args:
     track: bool = False  # mirror TensorBoard to Weights & Biases (pip install wandb; WANDB_PROJECT, WANDB_ENTITY)
 
 
-def rates(model, actor, critic):
-    """Learning rates."""
-    return dict(learning_rate=model, actor_learning_rate=actor, critic_learning_rate=critic)
+# fmt: off
+PRESETS = {  # debug and small are ours: for a CPU
+    #                         debug    small    atari        atari-fast  dmc-*     crafter
+    "total_timesteps":       (400,     50_000,  50_000_000,  5_000_000,  500_000,  1_000_000),
+    "batch_size":            (4,       16,      50,          16,         16,       16),
+    "batch_length":          (8,       50,      50,          50,         50,       50),
+    "train_every":           (8.0,     5.0,     4.0,         16.0,       5.0,      5.0),
+    "prefill":               (64,      1_000,   50_000,      50_000,     1_000,    10_000),
+    "pretrain":              (1,       1,       1,           1,          100,      1),
+    "checkpoint_every":      (200,     10_000,  50_000,      50_000,     10_000,   50_000),
+    "gamma":                 (0.99,    0.99,    0.999,       0.999,      0.99,     0.999),
+    "entropy_scale":         (2e-3,    2e-3,    1e-3,        1e-3,       1e-4,     3e-3),
+    "advantage":             ("code",  "code",  "paper",     "code",     "code",   "code"),
+    "learning_rate":         (1e-4,    1e-3,    2e-4,        2e-4,       3e-4,     1e-4),
+    "actor_learning_rate":   (8e-5,    3e-4,    4e-5,        4e-5,       8e-5,     1e-4),
+    "critic_learning_rate":  (2e-4,    3e-4,    1e-4,        1e-4,       8e-5,     1e-4),
+    "kl_scale":              (1.0,     1.0,     0.1,         0.1,        1.0,      1.0),
+    "free_nats":             (0.0,     0.0,     0.0,         0.0,        1.0,      0.0),
+    "cont_scale":            (1.0,     1.0,     5.0,         5.0,        0.0,      1.0),
+    "tanh_reward":           (False,   False,   True,        True,       False,    True),
+    "ends":                  (True,    True,    True,        True,       False,    True),
+    "norm":                  (False,   False,   False,       False,      False,    True),
+    "stoch":                 (8,       16,      32,          32,         32,       32),
+    "classes":               (8,       16,      32,          32,         32,       32),
+    "deter":                 (32,      128,     600,         600,        200,      1_024),
+    "hidden":                (32,      128,     600,         600,        200,      1_024),
+    "units":                 (32,      128,     400,         400,        400,      400),
+    "depth":                 (4,       16,      48,          48,         48,       48),
+}
+# fmt: on
 
 
-CODE = dict(total_timesteps=1_000_000, batch_size=16, batch_length=50, train_every=5.0, prefill=10_000, pretrain=1)
-CODE |= dict(checkpoint_every=50_000, gamma=0.99, entropy_scale=2e-3, advantage="code", **rates(1e-4, 8e-5, 2e-4))
-CODE |= dict(kl_scale=1.0, free_nats=0.0, cont_scale=1.0, tanh_reward=True, ends=True, norm=False)
-CODE |= dict(stoch=32, classes=32, deter=1024, hidden=1024, units=400, depth=48)
-FAST = dict(total_timesteps=5_000_000, train_every=16.0, prefill=50_000, gamma=0.999, entropy_scale=1e-3, kl_scale=0.1)
-FAST |= dict(cont_scale=5.0, deter=600, hidden=600, **rates(2e-4, 4e-5, 1e-4))
-ATARI = {**FAST, "total_timesteps": 50_000_000, "batch_size": 50, "train_every": 4.0, "advantage": "paper"}
-DMC = dict(prefill=1000, pretrain=100, entropy_scale=1e-4, free_nats=1.0, cont_scale=0.0, tanh_reward=False, ends=False)
-DMC |= dict(total_timesteps=500_000, checkpoint_every=10_000, deter=200, hidden=200, **rates(3e-4, 8e-5, 8e-5))
-CRAFTER = dict(gamma=0.999, entropy_scale=3e-3, norm=True, **rates(1e-4, 1e-4, 1e-4))
-# small and debug are ours: for a CPU
-SMALL = dict(total_timesteps=50_000, prefill=1000, tanh_reward=False, checkpoint_every=10_000, stoch=16, classes=16)
-SMALL |= dict(deter=128, hidden=128, units=128, depth=16, **rates(1e-3, 3e-4, 3e-4))
-DEBUG = dict(total_timesteps=400, batch_size=4, batch_length=8, train_every=8.0, prefill=64, checkpoint_every=200)
-DEBUG |= dict(stoch=8, classes=8, deter=32, hidden=32, units=32, depth=4, tanh_reward=False)
-SIZES = {"debug": DEBUG, "small": SMALL, "atari": ATARI, "atari-fast": FAST, "dmc-vision": DMC, "dmc-proprio": DMC}
-SIZES |= {"crafter": CRAFTER}
-ANNEALED = {"entropy_scale": 3e-3}  # --schedules: where it begins
+def column(i):
+    """-> {flag: value} of one column of PRESETS."""
+    return {flag: row[i] for flag, row in PRESETS.items()}
+
+
+SIZES = {"debug": column(0), "small": column(1), "atari": column(2), "atari-fast": column(3), "dmc-vision": column(4)}
+SIZES |= {"dmc-proprio": column(4), "crafter": column(5)}
 OF_A_CALL = ("device", "track")  # flags that a checkpoint does not hand on
 SIDES = (64,)  # of images: the transposed convolutions end at 64
 
@@ -178,13 +189,10 @@ def resolve(args: Args) -> Args:
     Stops with exit code 2 where flags are impossible or contradict each other.
     """
     family = args.env_id.split("/")[0]
-    for name in ("rho", "entropy_scale"):
-        if args.schedules and getattr(args, name) not in (None, ANNEALED.get(name)):
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: --schedules anneals it; allowed: one of them")
     if args.size == "auto":
         dmc = "dmc-proprio" if args.obs == "vector" else "dmc-vision"
         args = replace(args, size={"ALE": "atari-fast", "dm_control": dmc}.get(family, "small"))
-    preset = {**CODE, **SIZES[args.size], **(ANNEALED if args.schedules else {})}
+    preset = SIZES[args.size]
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     rows = min(args.total_timesteps * 9 // 8, 2_000_000)  # an eighth for the rows of resets
     derived = {"action_repeat": {"ALE": 4, "dm_control": 2}.get(family, 1), "buffer_size": rows}
@@ -232,24 +240,16 @@ def kl_categorical(logp, logq):
     return (logp.exp() * (logp - logq)).sum((-2, -1))
 
 
-def kl_gaussian(mean, std, mean2, std2):
-    """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
-    return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)
-
-
 def kl_loss(post, prior, free_nats, balance):
     """Algorithm 2: balance KL(sg(post) || prior) + (1 - balance) KL(post || sg(prior)), the mean over steps -> ().
 
-    post, prior: log-probabilities (..., S, K) alone, or mean and deviation (..., S). The prior learns faster than the
-    posterior is pulled towards it. free_nats bounds the mean from below; at balance 0.5, which is no balancing but the
-    plain KL in the code, each step.
+    post, prior: log-probabilities (..., S, K). The prior learns faster than the posterior is pulled towards it.
+    free_nats bounds the mean from below; at balance 0.5, which is no balancing but the plain KL in the code, each step.
     """
-    kl = kl_categorical if len(post) == 1 else kl_gaussian
     if balance == 0.5:
-        return kl(*post, *prior).clamp(min=free_nats).mean()
-    fixed_post, fixed_prior = ([x.detach() for x in dist] for dist in (post, prior))
-    dyn = kl(*fixed_post, *prior).mean().clamp(min=free_nats)
-    rep = kl(*post, *fixed_prior).mean().clamp(min=free_nats)
+        return kl_categorical(post, prior).clamp(min=free_nats).mean()
+    dyn = kl_categorical(post.detach(), prior).mean().clamp(min=free_nats)
+    rep = kl_categorical(post, prior.detach()).mean().clamp(min=free_nats)
     return balance * dyn + (1 - balance) * rep
 
 
@@ -469,9 +469,9 @@ class GRU(nn.Module):
     parts, the reset gate comes after the product, and the -1 makes a new network remember.
     """
 
-    def __init__(self, inputs, size, norm):
+    def __init__(self, inputs, size):
         super().__init__()
-        self.gates, self.norm = nn.Linear(inputs + size, 3 * size), layer_norm(3 * size, norm)
+        self.gates, self.norm = nn.Linear(inputs + size, 3 * size), layer_norm(3 * size)
         self.apply(init_weights)
 
     def forward(self, x, h):
@@ -484,51 +484,36 @@ class GRU(nn.Module):
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model, Eq. 1: h_t = f(h, z, a of t-1), posterior z_t ~ q(h_t, x_t), prior z_t ~ p(h_t).
-
-    --latent gaussian: S normal variables instead, whose "logits" are (..., S, 2), mean and raw deviation, and whose
-    samples are (..., S, 1).
-    """
+    """Recurrent state-space model, Eq. 1: h_t = f(h, z, a of t-1), posterior z_t ~ q(h_t, x_t), prior z_t ~ p(h_t)."""
 
     def __init__(self, embed_size, action_size, args):
         super().__init__()
-        D, U, S = args.deter, args.hidden, args.stoch
-        self.args, self.gaussian = args, args.latent == "gaussian"
-        self.shape, outputs = (S, 1 if self.gaussian else args.classes), (S, 2 if self.gaussian else args.classes)
-        self.split, self.unflatten = [S * self.shape[1], action_size], nn.Unflatten(-1, outputs)  # Z, A
+        D, U, S, K = args.deter, args.hidden, args.stoch, args.classes
+        self.args, self.split, self.unflatten = args, [S * K, action_size], nn.Unflatten(-1, (S, K))  # split: Z, A
         self.inputs, self.inputs_norm = nn.Linear(sum(self.split), U), layer_norm(U, args.norm)
         self.post_in, self.post_norm = nn.Linear(D + embed_size, U), layer_norm(U, args.norm)
-        self.post_out = nn.Linear(U, S * outputs[1])
-        self.prior_net = nn.Sequential(*mlp(D, U, 1, args.norm), nn.Linear(U, S * outputs[1]))
-        self.cell = GRU(U, D, args.gru_norm)
+        self.post_out = nn.Linear(U, S * K)
+        self.prior_net = nn.Sequential(*mlp(D, U, 1, args.norm), nn.Linear(U, S * K))
+        self.cell = GRU(U, D)
         self.apply(init_weights)
 
     def initial(self, B):
         """Zeros: {"deter": (B, D), "stoch": (B, S, K)}."""
-        zeros = self.inputs.weight.new_zeros
-        return {"deter": zeros(B, self.args.deter), "stoch": zeros(B, *self.shape)}
+        zeros, args = self.inputs.weight.new_zeros, self.args
+        return {"deter": zeros(B, args.deter), "stoch": zeros(B, args.stoch, args.classes)}
 
     def dist(self, logits):
-        """(..., S, K) -> (log-probabilities,); Gaussian: (..., S, 2) -> mean, deviation of (..., S)."""
-        if not self.gaussian:
-            return (logits.float().log_softmax(-1),)
-        mean, raw = logits.float().unbind(-1)
-        return mean, 2 * (raw / 2).sigmoid() + 0.1
+        """-> log-probabilities (..., S, K), float32."""
+        return logits.float().log_softmax(-1)
 
     def draw(self, *shape):
-        """Noise for sample: (..., S, K) ~ Exp(1), which sample_onehot wants; Gaussian: (..., S, 1) standard normal."""
-        device = self.inputs.weight.device
-        if self.gaussian:
-            return torch.randn(*shape, *self.shape, device=device)
-        return torch.rand(*shape, *self.shape, device=device).log_().neg_()
+        """Noise for sample: (..., S, K) ~ Exp(1), which sample_onehot wants."""
+        return torch.rand(*shape, *self.unflatten.unflattened_size, device=self.inputs.weight.device).log_().neg_()
 
     def sample(self, logits, noise=None):
-        """-> latents (..., S, K), with straight-through gradients; Gaussian: reparameterised. noise: of draw."""
-        dist, noise = self.dist(logits), self.draw(*logits.shape[:-2]) if noise is None else noise
-        if not self.gaussian:
-            probs = dist[0].exp()
-            return straight_through(sample_onehot(probs, noise), probs)
-        return dist[0][..., None] + dist[1][..., None] * noise
+        """-> latents (..., S, K), with straight-through gradients. noise: of draw, drawn if None."""
+        probs = self.dist(logits).exp()
+        return straight_through(sample_onehot(probs, noise), probs)
 
     def core(self, deter, x):
         """h' = f(h, x): (N, D) and what the input layer makes of z and a, (N, U) -> (N, D)."""
@@ -679,14 +664,13 @@ class Agent(nn.Module):
     def __init__(self, obs_space, action_space, args):
         super().__init__()
         self.args, self.action_space, self.device = args, action_space, pick_device(args)
-        size = args.deter + args.stoch * (args.classes if args.latent == "categorical" else 1)  # F
+        size = args.deter + args.stoch * args.classes  # F
         self.encoder, self.decoder = Encoder(obs_space, args), Decoder(obs_space, size, args)
         self.actor, self.critic = Actor(size, action_space, args), Head(size, 1, args)
         self.rssm = RSSM(self.encoder.size, self.actor.size, args)
         self.reward = Head(size, 1, args)
         self.cont = Head(size, 1, args) if args.cont_scale else None
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.rho = float(self.actor.discrete) if args.rho is None else args.rho
         self.to(self.device)
         self.params = [p for p in self.parameters() if p.requires_grad]
@@ -753,8 +737,8 @@ class Agent(nn.Module):
         return action.cpu().numpy(), state
 
     def model_losses(self, batch):
-        """Eq. 2, but for the KL. -> losses, each (B, T); features (B, T, F); posterior, with "dists": the distributions
-        of posterior and prior that the KL is of; statistics.
+        """Eq. 2. -> losses, each (B, T), but the KL, whose bound is one of the mean: (); features (B, T, F); posterior;
+        statistics.
         """
         args, (action, is_first) = self.args, self.previous(batch)
         with self.autocast():
@@ -762,8 +746,8 @@ class Agent(nn.Module):
             post = self.rssm.observe(self.encoder(obs), action, is_first, self.rssm.initial(len(action)))
             prior_logits = self.rssm.prior(post["deter"])  # (B, T, S, K)
             feat = self.rssm.feat(post)  # (B, T, F)
-            recon = self.decoder(feat if args.image_grad else feat.detach())
-            reward = self.reward(feat if args.reward_grad else feat.detach())[..., 0]  # (B, T)
+            recon = self.decoder(feat)
+            reward = self.reward(feat)[..., 0]  # (B, T)
             cont_logit = self.cont(feat)[..., 0] if self.cont else None
         losses = {}
         for kind, keys in ("image", self.decoder.images), ("vector", self.decoder.vectors):
@@ -775,13 +759,11 @@ class Agent(nn.Module):
             cont = (1 - batch["is_terminal"].float()) * args.gamma  # (B, T)
             losses["cont"] = F.binary_cross_entropy_with_logits(cont_logit, cont, reduction="none")
         assert all(loss.shape == feat.shape[:2] for loss in losses.values())
-        dists, stats = (self.rssm.dist(post["logits"]), self.rssm.dist(prior_logits)), {}
-        if not self.rssm.gaussian:
-            names = ("post_entropy", "prior_entropy")
-            stats = {
-                f"stats/{key}": -(x[0].exp() * x[0]).sum((-2, -1)).mean() for key, x in zip(names, dists, strict=True)
-            }
-        return losses, feat, {**post, "dists": dists}, stats
+        post_logp, prior_logp = self.rssm.dist(post["logits"]), self.rssm.dist(prior_logits)  # (B, T, S, K)
+        losses["kl"] = kl_loss(post_logp, prior_logp, args.free_nats, args.kl_balance)
+        entropy = lambda logp: -(logp.exp() * logp).sum((-2, -1)).mean()
+        stats = {"stats/post_entropy": entropy(post_logp), "stats/prior_entropy": entropy(prior_logp)}
+        return losses, feat, post, stats
 
     def imagine(self, post, is_terminal):
         """H steps from every replayed state, whose own gradient is stopped. post: {key: (B, T, ...)}.
@@ -800,18 +782,10 @@ class Agent(nn.Module):
             disc = torch.cat([known, disc[:, 1:]], 1)  # (N, H+1)
         return feat, action, reward, disc, slow_value
 
-    def scales(self):
-        """-> rho and entropy scale of this update."""
-        args = self.args
-        if not args.schedules:
-            return self.rho, args.entropy_scale
-        done = ((args.prefill + args.train_every * self.updates) / 2.5e6).clamp(max=1)  # of 10M frames
-        return 0.9 + 0.1 * done, 3e-3 + (3e-4 - 3e-3) * done
-
     def behaviour_losses(self, post, batch):
         """Eq. 4 to 6 in imagination. post: of model_losses. -> losses actor (N, H-1), critic (N, H); statistics."""
-        args, (rho, entropy_scale), H = self.args, self.scales(), self.args.imag_horizon
-        with torch.set_grad_enabled(args.schedules or self.rho < 1):  # REINFORCE alone needs none
+        args, H = self.args, self.args.imag_horizon
+        with torch.set_grad_enabled(self.rho < 1):  # REINFORCE alone needs none
             feat, action, reward, disc, slow_value = self.imagine(post, batch["is_terminal"])
             returns = lambda_return(reward, slow_value, disc, args.lam)  # (N, H)
         weight = torch.cat([torch.ones_like(disc[:, :1]), disc[:, :-1]], 1).cumprod(1).detach()  # (N, H+1)
@@ -825,7 +799,7 @@ class Agent(nn.Module):
             target, baseline = returns[:, 1:], slow_value[:, : H - 1]  # (N, H-1)
         else:
             target, baseline = returns[:, :-1], value[:, :-1]
-        actor = actor_loss(logp, entropy, target, baseline, weight[:, : H - 1], rho, entropy_scale)
+        actor = actor_loss(logp, entropy, target, baseline, weight[:, : H - 1], self.rho, args.entropy_scale)
         critic = critic_loss(value, returns, weight[:, :-1])
         assert actor.shape == target.shape and critic.shape == returns.shape
         stats = {"actor_entropy": entropy, "return_mean": returns, "value_mean": value, "imag_reward": reward}
@@ -837,7 +811,6 @@ class Agent(nn.Module):
         args, stats = self.args, {}
         model, _, post, more_stats = self.model_losses(batch)
         losses = {key: loss.mean() for key, loss in model.items()}
-        losses["kl"] = kl_loss(*post["dists"], args.free_nats, args.kl_balance)
         scales = {"kl": args.kl_scale, "cont": args.cont_scale}  # the others: 1
         losses["total"] = sum(scales.get(key, 1.0) * loss for key, loss in losses.items())
         grads = torch.autograd.grad(losses["total"], self.optimizer.groups["model"][0])
@@ -848,10 +821,9 @@ class Agent(nn.Module):
         for key in behaviour:
             stats[f"stats/{key}_grad_norm"] = self.optimizer.step(key, grads[key])
         with torch.no_grad():
-            due = self.updates % args.slow_every == 0  # beginning with the first update
+            due = (self.optimizer.state["critic"]["count"] - 1) % args.slow_every == 0  # the first one, too
             for slow, p in zip(self.slow_critic.parameters(), self.critic.parameters(), strict=True):
                 slow.copy_(torch.where(due, p, slow))
-        self.updates += 1
         losses = {f"losses/{key}": loss for key, loss in {**losses, **behaviour}.items()}
         return {key: x.detach() for key, x in {**stats, **more_stats, **behaviour_stats, **losses}.items()}
 

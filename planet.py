@@ -12,13 +12,13 @@ equation of it, "code" the authors' release in its last state (August 2019).
 
     python planet.py --env-id dm_control/cartpole-swingup-v0               train from pixels: 1,000 episodes
     python planet.py --env-id dm_control/cartpole-swingup-v0 --obs vector --size small      a CPU will do
-    python planet.py --dynamics ssm                       Figure 4: rssm, ssm (stochastic only), gru (deterministic)
-    python planet.py --collect random                     Figure 5: random data, the planner in evaluation only
-    python planet.py --planner shooting                   Figure 5: the best of 1000 random plans
+    python planet.py --iterations 1 --top 1               Figure 5: random shooting, the best of 1000 plans
     python planet.py --resume runs/...                    go on where the last checkpoint stands, replay included
     python planet.py --eval runs/.../checkpoint.pt        play 10 episodes, print the returns, save eval.gif
-    python planet.py --planner true                       Table 1: the planner on the simulator itself (dm_control)
     python planet.py --dream runs/.../checkpoint.pt       plan and act in imagination only, save dream.gif
+
+Variants, to be applied with git apply results/ablations/planet_NAME.patch: ssm and gru (Figure 4), random_collection
+(Figure 5), overshooting (Eq. 7). results/planet_planner.py plans on the simulator itself (Table 1).
 
 From Python:
     import planet
@@ -87,15 +87,11 @@ class Args:
     buffer_size: int | None = None  # replay rows; 9/8 of total_timesteps, at most 1_000_000
     checkpoint_every: int | None = None  # policy steps between checkpoints; 5_000 (debug: 200)
     log_every: float = 10.0  # seconds between progress lines and between records of scalars
-    dynamics: Literal["rssm", "ssm", "gru"] = "rssm"  # both paths | stochastic only | deterministic only, Figure 4
-    collect: Literal["planner", "random"] = "planner"  # who acts in the episodes after the seeds
-    planner: Literal["cem", "shooting", "true"] = "cem"  # shooting: best of one round; true: in the simulator
     horizon: int = 12  # H, steps of a plan
     iterations: int | None = None  # refits of the plan's distribution; paper: 10
     candidates: int | None = None  # J, plans per iteration; paper: 1000
     top: int | None = None  # elites that the refit keeps; paper: 100
     action_noise: float = 0.3  # deviation of the noise on collected actions
-    overshooting: int = 1  # largest distance of the KL, Eq. 7; 1: the ordinary KL, as in the final paper
     free_nats: float = 3.0  # a KL below this is not optimised, per step
     kl_scale: float = 1.0  # of the KL
     reward_scale: float = 10.0  # of the reward loss; code
@@ -122,14 +118,23 @@ class Args:
     track: bool = False  # mirror TensorBoard to Weights & Biases (pip install wandb; WANDB_PROJECT, WANDB_ENTITY)
 
 
-RUN = dict(total_timesteps=125_000, batch_size=50, batch_length=50, seed_episodes=5, collect_interval=100)
-RUN |= dict(checkpoint_every=5_000, iterations=10, candidates=1000, top=100)
-RUN |= dict(stoch=30, deter=200, hidden=200, units=300, depth=32)
-DEBUG = dict(total_timesteps=400, batch_size=4, batch_length=8, seed_episodes=1, collect_interval=10)
-DEBUG |= dict(checkpoint_every=200, iterations=2, candidates=20, top=4)
-DEBUG |= dict(stoch=6, deter=16, hidden=16, units=16, depth=4)
-SMALL = dict(iterations=5, candidates=300, top=30, stoch=16, deter=64, hidden=64, units=64, depth=16)
-SIZES = {"debug": DEBUG, "small": SMALL, "paper": {}}
+# fmt: off
+SIZES = {  # debug and small are ours: for a CPU
+    "debug": dict(
+        total_timesteps=400, batch_size=4, batch_length=8, seed_episodes=1, collect_interval=10, checkpoint_every=200,
+        iterations=2, candidates=20, top=4, stoch=6, deter=16, hidden=16, units=16, depth=4,
+    ),
+    "small": dict(
+        total_timesteps=125_000, batch_size=50, batch_length=50, seed_episodes=5, collect_interval=100,
+        checkpoint_every=5_000, iterations=5, candidates=300, top=30, stoch=16, deter=64, hidden=64, units=64, depth=16,
+    ),
+    "paper": dict(
+        total_timesteps=125_000, batch_size=50, batch_length=50, seed_episodes=5, collect_interval=100,
+        checkpoint_every=5_000, iterations=10, candidates=1000, top=100, stoch=30, deter=200, hidden=200, units=300,
+        depth=32,
+    ),
+}
+# fmt: on
 
 REPEATS = {"cartpole": 8, "reacher": 4, "cheetah": 4, "finger": 2, "ball_in_cup": 4, "walker": 2}  # the paper's
 OF_A_CALL = ("device", "track")  # flags that a checkpoint does not hand on
@@ -141,7 +146,7 @@ def resolve(args: Args) -> Args:
 
     Stops with exit code 2 where flags are impossible or contradict each other.
     """
-    preset = {**RUN, **SIZES[args.size]}
+    preset = SIZES[args.size]
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     family, _, task = args.env_id.partition("/")
     repeat = {"ALE": 4, "dm_control": REPEATS.get(task.split("-")[0], 2)}.get(family, 1)
@@ -150,7 +155,7 @@ def resolve(args: Args) -> Args:
     args = replace(args, **{key: value for key, value in derived.items() if getattr(args, key) is None})
     positive = ["num_envs", "action_repeat", "total_timesteps", "batch_size", "seed_episodes", "collect_interval"]
     positive += ["buffer_size", "checkpoint_every", "horizon", "iterations", "candidates", "top", "eval_episodes"]
-    positive += ["overshooting", "stoch", "deter", "hidden", "units", "depth"]
+    positive += ["stoch", "deter", "hidden", "units", "depth"]
     for name, least in {**dict.fromkeys(positive, 0), "batch_length": 1}.items():
         if getattr(args, name) <= least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than {least}")
@@ -158,13 +163,9 @@ def resolve(args: Args) -> Args:
         fail(f"--top {args.top}: allowed: at most --candidates {args.candidates}")
     if not 1 <= args.bits <= 8:
         fail(f"--bits {args.bits}: allowed: 1 to 8")
-    if args.overshooting > 1 and args.dynamics == "gru":
-        fail(f"--overshooting {args.overshooting}: allowed: with --dynamics rssm or ssm, which have a KL")
     for name, only in ("obs", "dm_control"), ("atari_protocol", "ALE"):
         if getattr(args, name) != getattr(Args, name) and family != only:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: with --env-id {only}/... only")
-    if args.planner == "true" and (args.resume or args.eval or args.dream or family != "dm_control"):
-        fail("--planner true: allowed: with --env-id dm_control/..., whose state can be copied, and no checkpoint")
     if args.track and not importlib.util.find_spec("wandb"):
         fail("--track: Weights & Biases is missing; allowed after: pip install wandb")
     return args
@@ -336,28 +337,18 @@ class Normal(nn.Module):
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model, Eq. 4: h_t = f(h, s, a of t-1), prior s_t ~ p(h_t), posterior s_t ~ q(h_t, o_t).
-
-    --dynamics ssm has no h: p(s, a of t-1), and q sees the prior's mean and deviation in its place; "deter" has size 0.
-    gru is the authors' recipe: s is the mean, and nothing pulls the prior to the posterior, so that its layers never
-    learn and plans rest on noise. By construction it can hardly work.
-    """
+    """Recurrent state-space model, Eq. 4: h_t = f(h, s, a of t-1), prior s_t ~ p(h_t), posterior s_t ~ q(h_t, o_t)."""
 
     def __init__(self, embed_size, action_size, args):
         super().__init__()
-        self.args, self.ssm = args, args.dynamics == "ssm"
-        S, U = args.stoch, args.hidden
-        D = 0 if self.ssm else args.deter
-        self.sizes = {"deter": D, "stoch": S}
-        self.known = 2 * S if self.ssm else D  # what the posterior sees beside the embedding
+        D, S, U = args.deter, args.stoch, args.hidden
+        self.args, self.sizes = args, {"deter": D, "stoch": S}
         self.inputs = nn.Linear(S + action_size, U)
-        if not self.ssm:
-            self.prior_hidden = nn.Linear(D, U)
+        self.prior_hidden = nn.Linear(D, U)
         self.prior_out, self.post_out = Normal(U, S, args.min_std), Normal(U, S, args.min_std)
-        self.post_hidden = nn.Linear(self.known + embed_size, U)
+        self.post_hidden = nn.Linear(D + embed_size, U)
         self.apply(init_weights)
-        if not self.ssm:
-            self.cell = GRU(U, D)  # which has its own initial weights
+        self.cell = GRU(U, D)  # which has its own initial weights
 
     def initial(self, B):
         """Zeros: {"deter": (B, D), "stoch": (B, S)}."""
@@ -376,48 +367,43 @@ class RSSM(nn.Module):
         return weight_stoch.to(action_hidden.dtype), action_hidden  # cast once: autocast would cast it at each step
 
     def step(self, deter, stoch, weight_stoch, action_hidden):
-        """(N, D), (N, S), (U, S), (N, U) -> next deter (N, D), and in the SSM the hidden layer (N, U) that its prior is
-        read from, else None.
-        """
+        """h' = f(h, s, a), a given by its share of the input layer: (N, D), (N, S), (U, S), (N, U) -> (N, D)."""
         x = F.relu(F.linear(stoch.to(action_hidden.dtype), weight_stoch) + action_hidden)
-        return (deter, x) if self.ssm else (self.cell(x, deter), None)
+        return self.cell(x, deter)
 
-    def prior(self, deter, hidden=None):
-        """-> mean, std of p(s): (..., S) each. rssm: from deter (..., D); ssm: from hidden (..., U)."""
-        return self.prior_out(hidden if self.ssm else F.relu(self.prior_hidden(deter)))
+    def prior(self, deter):
+        """Mean and deviation of p(s | h): (..., D) -> (..., S) twice."""
+        return self.prior_out(F.relu(self.prior_hidden(deter)))
 
     def sample(self, mean, std, noise):
-        """mean + std noise; --dynamics gru takes the mean."""
-        return mean if self.args.dynamics == "gru" else mean + std * noise
+        """Reparameterised."""
+        return mean + std * noise
 
     def observe(self, embed, action, is_first, state, noise=None):
         """Filter T observations. embed: (B, T, E); action: (B, T, A), the one that led to each step; is_first: (B, T);
         state: of the step before; noise: (B, T, S) standard normal, drawn if None.
 
         -> {"deter": (B, T, D), "stoch", "mean", "std", "prior_mean", "prior_std": (B, T, S)}. The posterior's sample is
-        carried on. In the loop is only what depends on it: the shares of actions and embeddings, and the whole prior of
-        the RSSM, are computed for all T at once.
+        carried on. In the loop is only what depends on it: the shares of actions and embeddings, and the whole prior,
+        are computed for all T at once.
         """
         keep = 1 - is_first.float()  # (B, T)
         noise = torch.randn(*is_first.shape, self.args.stoch, device=embed.device) if noise is None else noise
         weight_stoch, action_hidden = self.split_inputs(action * keep[..., None])
-        weight_known, weight_embed = self.post_hidden.weight.split([self.known, embed.shape[-1]], 1)
+        weight_deter, weight_embed = self.post_hidden.weight.split([self.args.deter, embed.shape[-1]], 1)
         embed_hidden = F.linear(embed, weight_embed, self.post_hidden.bias)  # (B, T, U)
-        weight_known = weight_known.to(embed.dtype)
+        weight_deter = weight_deter.to(embed.dtype)
         deter, stoch, states = state["deter"], state["stoch"], []
         for t in range(is_first.shape[1]):
             deter, stoch = deter * keep[:, t, None], stoch * keep[:, t, None]
-            deter, hidden = self.step(deter, stoch, weight_stoch, action_hidden[:, t])
-            prior = self.prior(deter, hidden) if self.ssm else ()
-            known = torch.cat(prior, -1) if self.ssm else deter
-            mean, std = self.post_out(F.relu(F.linear(known.to(embed.dtype), weight_known) + embed_hidden[:, t]))
+            deter = self.step(deter, stoch, weight_stoch, action_hidden[:, t])
+            mean, std = self.post_out(F.relu(F.linear(deter.to(embed.dtype), weight_deter) + embed_hidden[:, t]))
             stoch = self.sample(mean, std, noise[:, t])
-            states.append((deter, stoch, mean, std, *prior))
-        names = ("deter", "stoch", "mean", "std", "prior_mean", "prior_std")
-        post = {key: torch.stack(x, 1) for key, x in zip(names, zip(*states, strict=True), strict=False)}
-        if not self.ssm:
-            post["prior_mean"], post["prior_std"] = self.prior(post["deter"])
-        return post
+            states.append((deter, stoch, mean, std))
+        deter, stoch, mean, std = (torch.stack(x, 1) for x in zip(*states, strict=True))
+        prior_mean, prior_std = self.prior(deter)
+        post = {"deter": deter, "stoch": stoch, "mean": mean, "std": std}
+        return {**post, "prior_mean": prior_mean, "prior_std": prior_std}
 
     def imagine(self, state, action, noise=None):
         """Roll the prior forward. state: N start states; action: (N, H, A); noise: (N, H, S), drawn if None.
@@ -426,13 +412,14 @@ class RSSM(nn.Module):
         """
         noise = torch.randn(*action.shape[:2], self.args.stoch, device=action.device) if noise is None else noise
         weight_stoch, action_hidden = self.split_inputs(action)
-        names, states, deter, stoch = ("deter", "stoch", "mean", "std"), [], state["deter"], state["stoch"]
+        deter, stoch, states = state["deter"], state["stoch"], []
         for t in range(action.shape[1]):
-            deter, hidden = self.step(deter, stoch, weight_stoch, action_hidden[:, t])
-            mean, std = self.prior(deter, hidden)
+            deter = self.step(deter, stoch, weight_stoch, action_hidden[:, t])
+            mean, std = self.prior(deter)
             stoch = self.sample(mean, std, noise[:, t])
             states.append((deter, stoch, mean, std))
-        return {key: torch.stack(x, 1) for key, x in zip(names, zip(*states, strict=True), strict=True)}
+        deter, stoch, mean, std = (torch.stack(x, 1) for x in zip(*states, strict=True))
+        return {"deter": deter, "stoch": stoch, "mean": mean, "std": std}
 
 
 # --- optimiser --------------------------------------------------------------------------------------------------------
@@ -599,29 +586,9 @@ class Agent(nn.Module):
             reward = self.reward(self.rssm.feat(future)).float()  # (N*J, H, 1)
             return reward.sum((1, 2)).view(N, J)
 
-        rounds, top = (1, 1) if args.planner == "shooting" else (args.iterations, args.top)
         with self.autocast():
-            plan = cem(score, (N, J, args.horizon, self.action_size), rounds, top, state["stoch"])
+            plan = cem(score, (N, J, args.horizon, self.action_size), args.iterations, args.top, state["stoch"])
         return {"action": plan[:, 0]}
-
-    def overshooting(self, post, action, is_first):
-        """Eq. 7: the KL of predictions d = 2 ... --overshooting steps ahead to a fixed posterior. -> [() for each d].
-
-        post: of RSSM.observe; action: (B, T, A), is_first: (B, T). Predictions that leave the window or the episode are
-        masked, and do not count in the mean.
-        """
-        B, T = is_first.shape
-        state, valid, losses = {key: post[key] for key in ("deter", "stoch")}, torch.ones_like(is_first), []
-        for d in range(1, min(self.args.overshooting, T - 1) + 1):
-            valid = valid[:, :-1] & ~is_first[:, d:]  # (B, T - d)
-            start = {key: x[:, : T - d].flatten(0, 1) for key, x in state.items()}
-            future = self.rssm.imagine(start, action[:, d:].flatten(0, 1)[:, None])
-            state = {key: x.view(B, T - d, -1) for key, x in future.items()}
-            if d > 1:
-                fixed = post["mean"][:, d:].detach(), post["std"][:, d:].detach()
-                loss = kl_loss(fixed, (state["mean"], state["std"]), self.args.free_nats)
-                losses.append((loss * valid).sum() / valid.sum().clamp(min=1))
-        return losses
 
     def model_losses(self, batch):
         """Eq. 3 on rows 1..T of T+1, from a zero state; row 0 supplies the action before them.
@@ -635,17 +602,13 @@ class Agent(nn.Module):
             post = self.rssm.observe(self.encoder(obs), action, is_first, self.rssm.initial(len(action)))
             feat = self.rssm.feat(post)  # (B, T, F)
             recon, reward = self.decoder(feat), self.reward(feat)[..., 0].float()
-            further = self.overshooting(post, action, is_first) if args.overshooting > 1 else []
         losses = {"reward": (reward - batch["reward"][:, 1:]).square() / 2}
         for kind, keys in ("image", self.decoder.images), ("vector", self.decoder.vectors):
             if keys:  # -ln N(x; mean, 1) without its constant: half the squared error, summed
                 losses[kind] = sum((recon[key] - obs[key]).square().flatten(2).sum(2) / 2 for key in keys)
         pair = (post["mean"], post["std"]), (post["prior_mean"], post["prior_std"])
-        if args.dynamics != "gru":
-            losses["kl"] = kl_loss(*pair, args.free_nats)
+        losses["kl"] = kl_loss(*pair, args.free_nats)
         assert all(loss.shape == feat.shape[:2] for loss in losses.values())
-        if further:  # the mean over distances, of which the ordinary KL is the first
-            losses["kl"] = (losses["kl"] + sum(further)) / (1 + len(further))
         stats = {"kl": kl_gaussian(*pair[0], *pair[1]), "post_std": post["std"], "prior_std": post["prior_std"]}
         return losses, feat, post, {f"stats/{key}": x.detach().mean() for key, x in stats.items()}
 
@@ -655,9 +618,7 @@ class Agent(nn.Module):
         losses = {key: loss.mean() for key, loss in losses.items()}
         scales = {"kl": self.args.kl_scale, "reward": self.args.reward_scale}  # the others: 1
         losses["total"] = sum(scales.get(key, 1.0) * loss for key, loss in losses.items())
-        grads = torch.autograd.grad(losses["total"], self.params, allow_unused=True)  # gru: the prior has none
-        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, grads, strict=True)]
-        stats["stats/grad_norm"] = self.optimizer.step(grads)
+        stats["stats/grad_norm"] = self.optimizer.step(torch.autograd.grad(losses["total"], self.params))
         return {**stats, **{f"losses/{key}": loss.detach() for key, loss in losses.items()}}
 
     def update(self, batch):
@@ -1120,46 +1081,6 @@ def restore_weights(agent, state, path):
         fail(f"{path}: made for other observations or actions ({line}); allowed: its own environment and version")
 
 
-def upper_bound(args):
-    """--planner true: the planner on copies of the simulator's state, the most that a perfect model would give it.
-
-    -> {"returns"}. Slow: each decision simulates iterations x candidates x horizon x action_repeat steps in Python.
-    """
-    env, returns = make_envs(args.env_id, 1, args.seed, replace(args, obs="vector")).envs[0].unwrapped, []
-    low, high = env.action_space.low, env.action_space.high
-    torch.manual_seed(args.seed)
-    for episode in range(args.eval_episodes):
-        env.reset(seed=args.seed + episode)
-        physics, task, total, done = env.env.physics, env.env.task, 0.0, False
-        substeps = round(env.env.control_timestep() / physics.timestep())
-
-        def score(plans, physics=physics, task=task, substeps=substeps):
-            now, warm, sums = physics.get_state(), physics.data.qacc_warmstart.copy(), []  # of the contact solver
-
-            def rewind():
-                physics.set_state(now), physics.forward()
-                physics.data.qacc_warmstart[:] = warm
-
-            for plan in low + (plans[0].numpy() + 1) / 2 * (high - low):
-                rewind(), sums.append(0.0)
-                for action in plan.repeat(args.action_repeat, 0):
-                    task.before_step(action, physics)
-                    physics.step(substeps)
-                    sums[-1] += task.get_reward(physics)
-            rewind()
-            return torch.tensor([sums])
-
-        while not done:
-            rounds, top = args.iterations, args.top
-            plan = cem(score, (1, args.candidates, args.horizon, len(low)), rounds, top, torch.zeros(1))
-            _, reward, terminated, truncated, _ = env.step(low + (plan[0, 0].numpy() + 1) / 2 * (high - low))
-            total, done = total + reward, terminated or truncated
-        returns.append(total)
-        print(f"episode {episode + 1}: {total:.1f}", flush=True)
-    print(f"{args.env_id}, planner on the simulator: mean {np.mean(returns):.4g} of {len(returns)} episodes")
-    return {"returns": returns}
-
-
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     state = load(path, "cpu", need=("args", "agent"))
@@ -1199,12 +1120,9 @@ def describe(args, agent, replay, run_dir):
     print(f"run       {run_dir}\ndevice    {gpu or warning}; PyTorch {torch.__version__}")
     print(f"agent     {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
     print(f"replay    {args.buffer_size:,} rows x {replay.row_bytes / 1024:.1f} KiB = {gib:.1f} GiB of {place} memory")
-    batch = f"{args.batch_size} x {args.batch_length} steps"
-    print(
-        f"training  {args.seed_episodes} random episodes, then {args.collect_interval} updates on {batch} per episode"
-    )
-    plan = f"{1 if args.planner == 'shooting' else args.iterations} x {args.candidates:,} plans of {args.horizon} steps"
-    print(f"planning  {plan}; episodes collected: {args.collect}; dynamics {args.dynamics}")
+    updates = f"{args.collect_interval} updates on {args.batch_size} x {args.batch_length} steps"
+    print(f"training  {args.seed_episodes} random episodes, then {updates} per episode")
+    print(f"planning  {args.iterations} x {args.candidates:,} plans of {args.horizon} steps")
     steps = f"{args.total_timesteps:,} policy steps = {args.total_timesteps * args.action_repeat:,} frames"
     print(f"length    {steps}", flush=True)
 
@@ -1279,7 +1197,7 @@ def restore(saved, args, agent, replay, run_dir):
 
 
 def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
-    """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics.
+    """Algorithm 1, a policy step of all environments at a time, until total_timesteps. -> the last statistics.
 
     row, state: the rows of all environments and the state of the agent before them; now: see train, kept up to date.
     """
@@ -1287,11 +1205,12 @@ def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     stats, since, spent = {}, (time.time(), now["step"]), {"act": 0.0, "train": 0.0, "env": 0.0}
 
     while now["step"] < args.total_timesteps:
-        times = [time.time()]
-        blind = now["episodes"] < args.seed_episodes or args.collect == "random"
-        action, state = agent.act(row, row["is_first"], state, random=blind)
+        # data collection, lines 12 to 18: belief, plan and noise; in the seed episodes of line 1 random actions
+        times, seeding = [time.time()], now["episodes"] < args.seed_episodes
+        action, state = agent.act(row, row["is_first"], state, random=seeding)
         replay.add({**row, "action": action})
         times.append(time.time())
+        # model fitting, lines 5 to 8: when the last row of an episode is stored, of the seed episodes the last one's
         due = args.collect_interval * (now["episodes"] - args.seed_episodes + 1)
         while now["updates"] < due and replay.windows(rows):
             batch = replay.sample(args.batch_size, rows)
@@ -1322,8 +1241,6 @@ def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
                 video = open_loop(agent, replay.sample(6, rows))
                 save_gif(run_dir / "open_loop.gif", video, writer, now["step"])
             checkpoint(args, run_dir, agent, replay, now, writer)
-            if args.collect == "random":  # whose training returns say nothing of the planner
-                writer.add_scalar("eval/episodic_return", evaluate(agent, args, 1)[0], now["step"])
     return finite(stats)
 
 
@@ -1334,8 +1251,6 @@ def train(args: Args) -> dict:
         fail(f"{' '.join(modes)}: one of them at a time is allowed")
     if args.eval or args.dream:
         return show(args)
-    if args.planner == "true":
-        return upper_bound(resolve(args))
     saved = load(args.resume, "cpu", need=("args", "agent", "now")) if args.resume else None
     free = ("resume", "total_timesteps", "checkpoint_every", "log_every", *OF_A_CALL)
     args = resolve(merge(args, args.resume, saved["args"], free) if saved else args)

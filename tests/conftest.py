@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Puts the folder with the scripts on the path: single files, without a package. A fixture that all tests share."""
+"""Puts the folder with the scripts on the path: single files, without a package. Fixtures that tests share."""
 
+import importlib.util
 import os
 import pathlib
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -38,3 +41,22 @@ def made(module, monkeypatch):
     for name, objects in seen.items():
         monkeypatch.setattr(module, name, spy(getattr(module, name), objects))
     return seen
+
+
+@pytest.fixture
+def variant(request, tmp_path):
+    """As "planet ssm overshooting": planet.py with these patches of results/ablations, as a module of its own."""
+    stem, *patches = request.param.split()
+    folder = tmp_path / "patched"
+    folder.mkdir()
+    shutil.copy(ROOT / f"{stem}.py", folder)
+    for patch in patches:
+        patch = ROOT / "results" / "ablations" / f"{stem}_{patch}.patch"
+        subprocess.run(["git", "apply", patch], cwd=folder, check=True)
+    name = request.param.replace(" ", "_")
+    spec = importlib.util.spec_from_file_location(name, folder / f"{stem}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclass looks for the annotations
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[name]

@@ -7,11 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from gymnasium import spaces
 from test_common import experience, short, window
 
 import dreamerv2
 
+PATCHES = ["gaussian", "no_gru_norm", "no_image_grad", "no_reward_grad", "schedules"]
 IMAGE = lambda channels: spaces.Dict(image=spaces.Box(0, 255, (64, 64, channels), np.uint8))
 
 
@@ -21,11 +23,16 @@ def module():
     return dreamerv2
 
 
-def agent_of(action_space=None, obs_space=None, dtype=torch.float32, **flags):
-    args = dreamerv2.resolve(dreamerv2.Args(env_id="X-v0", device="cpu", **{"size": "debug", **flags}))
+def variants(*names):
+    """The fixture of conftest.py, with the file itself or some of its patches."""
+    return pytest.mark.parametrize("variant", names, indirect=True)
+
+
+def agent_of(action_space=None, obs_space=None, dtype=torch.float32, module=dreamerv2, **flags):
+    args = module.resolve(module.Args(env_id="X-v0", device="cpu", **{"size": "debug", **flags}))
     obs_space = obs_space or spaces.Dict(vector=spaces.Box(-1, 1, (3,)))
     torch.manual_seed(0)
-    return dreamerv2.Agent(obs_space, action_space or spaces.Discrete(3), args).to(dtype)
+    return module.Agent(obs_space, action_space or spaces.Discrete(3), args).to(dtype)
 
 
 def random_batch(agent, B=4, T=8):
@@ -73,8 +80,8 @@ def test_kl():
     """By hand; balancing scales the gradients of both sides by 0.8 and 0.2, 0.5 leaves them whole."""
     post = torch.tensor([[1.0, 0, -1]], requires_grad=True)
     prior = torch.tensor([[0, 0.5, 0.0]], requires_grad=True)
-    dists = [(x.log_softmax(-1),) for x in (post, prior)]
-    assert dreamerv2.kl_categorical(*dists[0], *dists[1]).item() == pytest.approx(0.339617, abs=1e-6)
+    dists = [x.log_softmax(-1) for x in (post, prior)]
+    assert dreamerv2.kl_categorical(*dists).item() == pytest.approx(0.339617, abs=1e-6)
     grads = {}
     for balance in (0.5, 0.8, 0.3):
         loss = dreamerv2.kl_loss(*dists, 0.0, balance)
@@ -94,7 +101,7 @@ def test_free_nats():
         kl = dreamerv2.kl_categorical(post.log_softmax(-1), prior.log_softmax(-1))
         bound = 0.2 if free else 0.1
         assert (float(kl.mean()) < bound) == free and float(kl[0]) < bound
-        loss = dreamerv2.kl_loss((post.log_softmax(-1),), (prior.log_softmax(-1),), bound, 0.8)
+        loss = dreamerv2.kl_loss(post.log_softmax(-1), prior.log_softmax(-1), bound, 0.8)
         (grad,) = torch.autograd.grad(loss, post)
         assert (grad == 0).all() == free and (grad[0] == 0).all() == free
         assert float(loss) == pytest.approx(max(bound, float(kl.mean())))
@@ -245,8 +252,6 @@ def test_atari_action_sets():
     [
         (dict(rho=1.5), "--rho 1.5"),
         (dict(kl_balance=-0.1), "--kl-balance -0.1"),
-        (dict(rho=1.0, schedules=True), "--schedules"),
-        (dict(entropy_scale=1.0, schedules=True), "--schedules"),
         (dict(gamma=1.5), "--gamma 1.5"),
         (dict(kl_scale=-1.0), "--kl-scale -1"),
         (dict(learning_rate=0.0), "--learning-rate 0"),
@@ -256,8 +261,19 @@ def test_atari_action_sets():
     ],
 )
 def test_bad_flags(flags, text, capsys, tmp_path):
+    check_bad_flags(dreamerv2, flags, text, capsys, tmp_path)
+
+
+@pytest.mark.parametrize("flags", [dict(rho=1.0), dict(entropy_scale=1.0)])
+@variants("dreamerv2 schedules")
+def test_bad_flags_of_schedules(variant, flags, capsys, tmp_path):
+    (tmp_path / "runs").mkdir()
+    check_bad_flags(variant, flags, "--rho, --entropy-scale: schedules anneal both", capsys, tmp_path / "runs")
+
+
+def check_bad_flags(module, flags, text, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        dreamerv2.train(dreamerv2.Args(env_id="CartPole-v1", size="debug", run_root=str(tmp_path), **flags))
+        module.train(module.Args(env_id="CartPole-v1", size="debug", run_root=str(tmp_path), **flags))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and text in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
 
@@ -265,11 +281,28 @@ def test_bad_flags(flags, text, capsys, tmp_path):
 # --- world model ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("latent", ["categorical", "gaussian"])
+def test_every_patch_is_tested():
+    """The list of this file is that of the folder."""
+    names = [path.name for path in (ROOT / "results" / "ablations").glob("dreamerv2_*")]
+    assert sorted(names) == [f"dreamerv2_{name}.patch" for name in PATCHES]
+
+
+@variants(*(f"dreamerv2 {name}" for name in PATCHES))
+def test_patched_file_runs(variant, tmp_path):
+    """The patch applies, and the file trains, saves, evaluates and dreams."""
+    result = variant.train(short(variant, "Tiny-both-discrete-v0", tmp_path))
+    assert result["updates"] > 1 and np.isfinite(result["losses/total"])
+    agent, args = variant.load_agent(result["run_dir"])
+    assert len(variant.evaluate(agent, args, 1)) == 1
+    variant.train(variant.Args(dream=result["run_dir"]))
+    assert (tmp_path / result["run_dir"] / "dream.gif").exists()
+
+
+@variants("dreamerv2", "dreamerv2 gaussian")
 @pytest.mark.parametrize("norm", [False, True])
-def test_observe_is_its_plain_form(latent, norm):
+def test_observe_is_its_plain_form(variant, norm):
     """Against a loop that concatenates all inputs at each step, with the same noise: values and gradients, float64."""
-    agent = agent_of(latent=latent, norm=norm, dtype=torch.float64)
+    agent = agent_of(module=variant, norm=norm, dtype=torch.float64)
     rssm, B, T = agent.rssm, 3, 6
     embed = torch.randn(B, T, agent.encoder.size, dtype=torch.float64, requires_grad=True)
     action, is_first = torch.eye(3, dtype=torch.float64)[torch.randint(3, (B, T))], torch.rand(B, T) < 0.3
@@ -295,13 +328,14 @@ def test_observe_is_its_plain_form(latent, norm):
     assert torch.allclose(*grads, rtol=1e-4, atol=1e-6) and grads[0].abs().min() > 0
 
 
-def test_gru_remembers():
+@variants("dreamerv2 no_gru_norm")
+def test_gru_remembers(variant):
     """A new network keeps most of its state: the update gate is sigmoid(-1) at zero input."""
-    cell = dreamerv2.GRU(2, 4, norm=False)
-    for p in cell.parameters():
-        torch.nn.init.zeros_(p)
-    assert torch.allclose(cell(torch.zeros(1, 2), torch.ones(1, 4)), torch.full((1, 4), 1 - 1 / (1 + math.e)))
-    assert total(dreamerv2.GRU(2, 4, norm=True)) == total(cell) + 2 * 12
+    for cell in dreamerv2.GRU(2, 4), variant.GRU(2, 4):
+        for p in cell.parameters():
+            torch.nn.init.zeros_(p)
+        assert torch.allclose(cell(torch.zeros(1, 2), torch.ones(1, 4)), torch.full((1, 4), 1 - 1 / (1 + math.e)))
+    assert total(dreamerv2.GRU(2, 4)) == total(cell) + 2 * 12
 
 
 def test_windows_begin_anew():
@@ -342,11 +376,12 @@ def test_without_discount_head(monkeypatch):
     assert (disc[:, 0] == 0).all() and (disc[:, 1:] > 0).all()
 
 
-@pytest.mark.parametrize("flag,loss,head", [("image_grad", "vector", "decoder"), ("reward_grad", "reward", "reward")])
-def test_gradient_flags(flag, loss, head):
-    """Without them the head still learns, the latents do not learn from it."""
+@variants("dreamerv2 no_image_grad", "dreamerv2 no_reward_grad")
+def test_gradient_patches(variant):
+    """The head still learns, the latents do not learn from it."""
+    loss, head = ("vector", "decoder") if "image" in variant.__name__ else ("reward", "reward")
     for on in (True, False):
-        agent = agent_of(**{flag: on})
+        agent = agent_of(module=dreamerv2 if on else variant)
         agent.update(random_batch(agent))
         value = agent.model_losses(random_batch(agent))[0][loss].mean()
         parts = [list(part.parameters()) for part in (getattr(agent, head), agent.encoder)]
@@ -359,12 +394,12 @@ def test_gradient_flags(flag, loss, head):
 
 
 @pytest.mark.parametrize("action_space", [spaces.Discrete(3), spaces.Box(-1, 1, (2,))])
-@pytest.mark.parametrize("latent", ["categorical", "gaussian"])
-def test_reinforce_needs_no_graph(monkeypatch, action_space, latent):
+@variants("dreamerv2", "dreamerv2 gaussian")
+def test_reinforce_needs_no_graph(monkeypatch, action_space, variant):
     """Imagination without gradients is the same imagination, and gives the actor and the critic the same gradients."""
     results = []
     for forced in (False, True):
-        agent = agent_of(action_space, rho=1.0, latent=latent)
+        agent = agent_of(action_space, rho=1.0, module=variant)
         torch.manual_seed(1)
         batch = random_batch(agent)
         post = agent.model_losses(batch)[2]
@@ -408,11 +443,12 @@ def test_who_learns_from_what(rho, action_space):
     assert changed == {"actor"}
 
 
-def test_dynamics_gradient_is_the_derivative():
+@variants("dreamerv2 gaussian")
+def test_dynamics_gradient_is_the_derivative(variant):
     """Gaussian latents, deviations far from the bounds, one noise: the gradient is that of finite differences."""
-    agent = agent_of(spaces.Box(-1, 1, (2,)), latent="gaussian", rho=0.0, entropy_scale=0.0, dtype=torch.float64)
+    agent = agent_of(spaces.Box(-1, 1, (2,)), module=variant, rho=0.0, entropy_scale=0.0, dtype=torch.float64)
     for x in agent.modules():  # rounding to float32 would swamp small differences
-        if isinstance(x, dreamerv2.Head):
+        if isinstance(x, variant.Head):
             x.forward = lambda feat, x=x: x.out(x.mlp(feat))
     agent.rssm.dist = lambda logits: (logits[..., 0], 2 * (logits[..., 1] / 2).sigmoid() + 0.1)
     actor = agent.actor
@@ -480,21 +516,25 @@ def test_total_loss():
     assert total == pytest.approx(vector + reward + 7 * cont + 0.3 * kl, rel=1e-5) and kl > 0.01
 
 
-def test_kl_of_posterior_from_prior():
+def test_kl_of_posterior_from_prior(monkeypatch):
     """The KL of the update is that of the posterior from the prior, in this order; both train the recurrence."""
     agent, batch = agent_of(), random_batch(agent_of())
     with torch.no_grad():
         agent.rssm.post_out.weight.mul_(20)  # far from symmetric
+    real, priors = agent.rssm.prior, []
+    monkeypatch.setattr(agent.rssm, "prior", lambda deter: priors.append(real(deter)) or priors[-1])
     torch.manual_seed(3)
     losses, _, post, _ = agent.model_losses(batch)
-    logits = post["logits"], agent.rssm.prior(post["deter"])
+    logits = post["logits"], *priors
     forward, backward = (
         torch.distributions.kl_divergence(*[torch.distributions.Categorical(logits=x) for x in pair]).sum(-1).mean()
         for pair in (logits, logits[::-1])
     )
     assert abs(float(forward - backward)) > 0.1
-    (through_prior,) = torch.autograd.grad(post["dists"][1][0].sum(), agent.rssm.cell.gates.weight, retain_graph=True)
-    assert through_prior.abs().max() > 0
+    gates = agent.rssm.cell.gates.weight
+    (slope,) = torch.autograd.grad(losses["kl"], priors, retain_graph=True)  # what the KL wants of the prior
+    (through_prior,) = torch.autograd.grad(priors[0], gates, slope, retain_graph=True)
+    assert through_prior.abs().max() > 0 and float(losses["kl"]) == pytest.approx(float(forward), rel=1e-4)
     torch.manual_seed(3)
     assert float(agent.update(batch)["losses/kl"]) == pytest.approx(float(forward), rel=1e-4)
 
@@ -550,19 +590,27 @@ def test_slow_critic():
         assert all(map(torch.equal, now, fast() if i % 3 == 0 else before))
         assert all(map(torch.equal, now, fast())) == (i % 3 == 0)
         before = now
-    assert int(agent.updates) == 7
+    assert int(agent.optimizer.state["critic"]["count"]) == 7
 
 
-def test_schedules():
+@variants("dreamerv2 schedules")
+def test_schedules(variant):
     """rho 0.9 -> 1 and the entropy scale 3e-3 -> 3e-4 within 2.5M policy steps, then constant."""
-    agent = agent_of(schedules=True, size="atari-fast", units=8, hidden=8, deter=8, stoch=2, classes=2)
+    agent = agent_of(module=variant, size="atari-fast", units=8, hidden=8, deter=8, stoch=2, classes=2)
     for steps, rho, entropy in (50_000, 0.902, 2.946e-3), (1_250_000, 0.95, 1.65e-3), (9_000_000, 1.0, 3e-4):
-        agent.updates.fill_((steps - 50_000) // 16)
+        agent.optimizer.state["critic"]["count"].fill_((steps - 50_000) // 16)
         assert [float(x) for x in agent.scales()] == pytest.approx([rho, entropy], rel=1e-5)
-    agent = agent_of(schedules=True)
+    agent = agent_of(module=variant)
     assert np.isfinite([float(x) for x in agent.update(random_batch(agent)).values()]).all()
-    assert agent_of().scales() == (1.0, 2e-3) and agent_of(spaces.Box(-1, 1, (2,))).scales()[0] == 0.0
-    assert agent_of(rho=0.0).scales()[0] == 0.0
+
+
+def test_constant_scales(monkeypatch):
+    """What the actor's loss is given without schedules: rho by action space or flag, the preset's entropy scale."""
+    seen, real = [], dreamerv2.actor_loss
+    monkeypatch.setattr(dreamerv2, "actor_loss", lambda *x: seen.append(x[-2:]) or real(*x))
+    for agent in agent_of(), agent_of(spaces.Box(-1, 1, (2,))), agent_of(rho=0.0):
+        agent.update(random_batch(agent))
+    assert seen == [(1.0, 2e-3), (0.0, 2e-3), (0.0, 2e-3)]
 
 
 def test_behaviour_learns_in_the_updated_model(monkeypatch):
@@ -735,8 +783,6 @@ def test_acting_and_training_agree(monkeypatch):
 @pytest.mark.parametrize(
     "flags",
     [
-        dict(latent="gaussian"),
-        dict(gru_norm=False),
         dict(norm=True),
         dict(rho=0.0),
         dict(rho=0.5),
@@ -746,8 +792,19 @@ def test_acting_and_training_agree(monkeypatch):
 @pytest.mark.parametrize("action", ["discrete", "box"])
 def test_variants_train(flags, action):
     """Losses of every variant stay finite and fall on one batch."""
-    agent, replay = experience(dreamerv2, f"Tiny-both-{action}-v0", learning_rate=3e-3, **flags)
-    batch = window(dreamerv2, agent, replay)
+    check_training(dreamerv2, action, **flags)
+
+
+@variants("dreamerv2 gaussian", "dreamerv2 no_gru_norm")
+@pytest.mark.parametrize("action", ["discrete", "box"])
+def test_patched_files_train(variant, action):
+    """The same with patches of results/ablations."""
+    check_training(variant, action)
+
+
+def check_training(module, action, **flags):
+    agent, replay = experience(module, f"Tiny-both-{action}-v0", learning_rate=3e-3, **flags)
+    batch = window(module, agent, replay)
     history = [agent.update(batch) for _ in range(40)]
     assert all(torch.isfinite(x) for stats in history for x in stats.values())
     assert history[-1]["losses/image"] < history[0]["losses/image"] / 2

@@ -43,7 +43,7 @@ def made(action_space=None, obs_space=None, **flags):
 @case("dreamerv2_01_gru")
 def test_gru(data):
     x, h = data.leaf("in/x"), data.leaf("in/h")
-    cell = dreamerv2.GRU(x.shape[1], h.shape[1], norm=True)
+    cell = dreamerv2.GRU(x.shape[1], h.shape[1])
     assert cell.norm.eps == pytest.approx(float(data["cfg/eps"])) and data["cfg/update_bias"] == -1
     params = tied(data, {cell.gates: "cell/dense", cell.norm: "cell/norm"})
     out = cell(x, h)
@@ -54,15 +54,15 @@ def test_gru(data):
 
 
 @case("dreamerv2_02_rssm")
-@pytest.mark.parametrize("latent", ["cat", "gauss"])
-def test_rssm(data, latent):
+@pytest.mark.parametrize("variant", ["dreamerv2", "dreamerv2 gaussian"], indirect=True, ids=["cat", "gauss"])
+def test_rssm(data, variant):
     """Prior and posterior of one step, by observe, the features, and the step again by imagine."""
+    dreamerv2, latent = variant, "gauss" if "gaussian" in variant.__name__ else "cat"
     data.open = {key for key in data.open if key.startswith(latent)}
     D, S, K = data["in/deter"].shape[1], int(data["cfg/stoch"]), int(data["cfg/classes"])
     (_, A), (_, E) = data["in/action"].shape, data["in/embed"].shape
     args = dreamerv2.resolve(dreamerv2.Args(env_id="X-v0", size="debug"))
     args.stoch, args.classes, args.deter, args.hidden = S, K, D, int(data["cfg/hidden"])
-    args.latent = {"cat": "categorical", "gauss": "gaussian"}[latent]
     rssm = dreamerv2.RSSM(E, A, args)
     layers = {rssm.inputs: "img_in", rssm.prior_net[0]: "img_out_0", rssm.prior_net[-1]: "img_dist_0"}
     layers |= {rssm.post_in: "obs_out", rssm.post_out: "obs_dist"}
@@ -92,11 +92,13 @@ def test_rssm(data, latent):
 
 
 @case("dreamerv2_03_kl")
-def test_kl(data):
+@pytest.mark.parametrize("variant", ["dreamerv2 gaussian"], indirect=True)
+def test_kl(data, variant):
+    """Of categoricals, and of the normals of the patch."""
     for name in "low", "high", "mixed":
         post, prior = data.leaf(f"{name}/in/post"), data.leaf(f"{name}/in/prior")
-        dists = (post.log_softmax(-1),), (prior.log_softmax(-1),)
-        data.check(f"{name}/out/kl", dreamerv2.kl_categorical(*dists[0], *dists[1]))
+        dists = post.log_softmax(-1), prior.log_softmax(-1)
+        data.check(f"{name}/out/kl", dreamerv2.kl_categorical(*dists))
         for balance in "0.8", "0.5":
             for free in "0", "1":
                 key = f"{name}/bal{balance}_free{free}"
@@ -106,8 +108,8 @@ def test_kl(data):
                 data.check(f"{key}/grad/post", grads[0]), data.check(f"{key}/grad/prior", grads[1])
     names = [f"{kind}_{part}" for kind in ("post", "prior") for part in ("mean", "std")]
     inputs = [data.leaf(f"gauss/in/{name}") for name in names]
-    data.check("gauss/out/kl", dreamerv2.kl_gaussian(*inputs))
-    loss = dreamerv2.kl_loss(inputs[:2], inputs[2:], 1.0, 0.8)
+    data.check("gauss/out/kl", variant.kl_gaussian(*inputs))
+    loss = variant.kl_loss(torch.stack(inputs[:2]), torch.stack(inputs[2:]), 1.0, 0.8)
     data.check("gauss/out/loss", loss)
     for name, grad in zip(names, torch.autograd.grad(loss, inputs), strict=True):
         data.check(f"gauss/grad/{name}", grad)

@@ -2,23 +2,36 @@
 """planet.py: parts against numbers by hand, the planner on problems with a known optimum, windows, variants."""
 
 import dataclasses
+import importlib.util
+import shutil
+import subprocess
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from gymnasium import spaces
 from test_common import experience, short, window
 
 import planet
 
+spec = importlib.util.spec_from_file_location("planet_planner", ROOT / "results" / "planet_planner.py")
+planet_planner = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(planet_planner)
 BOX = spaces.Box(-1, 1, (2,))
+PATCHES = ["gru", "overshooting", "random_collection", "ssm"]
 
 
-def agent_of(action_space=BOX, obs_space=None, **flags):
+def variants(*names):
+    """The fixture of conftest.py, with the file itself or some of its patches."""
+    return pytest.mark.parametrize("variant", names, indirect=True)
+
+
+def agent_of(action_space=BOX, obs_space=None, module=planet, **flags):
     torch.manual_seed(0)
-    args = planet.resolve(planet.Args(env_id="Tiny-vector-box-v0", device="cpu", **{"size": "debug", **flags}))
-    return planet.Agent(obs_space or spaces.Dict({"vector": spaces.Box(-1, 1, (3,))}), action_space, args)
+    args = module.resolve(module.Args(env_id="Tiny-vector-box-v0", device="cpu", **{"size": "debug", **flags}))
+    return module.Agent(obs_space or spaces.Dict({"vector": spaces.Box(-1, 1, (3,))}), action_space, args)
 
 
 # --- equations --------------------------------------------------------------------------------------------------------
@@ -104,17 +117,13 @@ def test_each_environment_has_its_own_plan(monkeypatch):
     assert torch.equal(action.sign(), sign[:, None].expand(-1, 2)) and action.abs().min() > 0.3
 
 
-def test_planner_flags():
-    """shooting: one round, the single best plan."""
-    agent, calls, real = agent_of(planner="shooting"), [], planet.cem
-    planet.cem = lambda *args: calls.append(args[2:4]) or real(*args)
-    try:
-        agent.plan(agent.rssm.initial(2))
-        agent.args = dataclasses.replace(agent.args, planner="cem")
-        agent.plan(agent.rssm.initial(2))
-    finally:
-        planet.cem = real
-    assert calls == [(1, 1), (agent.args.iterations, agent.args.top)]
+def test_planner_flags(monkeypatch):
+    """Random shooting is one round that keeps the single best plan; else what --size says."""
+    shooting, agent, calls, real = agent_of(iterations=1, top=1), agent_of(), [], planet.cem
+    monkeypatch.setattr(planet, "cem", lambda *args: calls.append(args[2:4]) or real(*args))
+    shooting.plan(shooting.rssm.initial(2))
+    agent.plan(agent.rssm.initial(2))
+    assert calls == [(1, 1), (agent.args.iterations, agent.args.top)] == [(1, 1), (2, 4)]
 
 
 def test_plan_is_scored_by_the_prior(monkeypatch):
@@ -159,15 +168,21 @@ def count(module):
 
 @pytest.mark.parametrize("A,rssm", [(1, 556_320), (2, 556_520), (6, 557_320)])
 def test_parameter_counts(A, rssm):
-    """The published networks, from pixels; and the SSM."""
+    """The published networks, from pixels."""
     obs_space = spaces.Dict({"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)})
     flags = dict(action_space=spaces.Box(-1, 1, (A,)), obs_space=obs_space, size="paper")
     agent = agent_of(**flags)
     parts = [count(getattr(agent, name)) for name in ("encoder", "rssm", "decoder", "reward")]
     assert parts == [690_144, rssm, 3_795_555, 250_201]
-    if A == 6:
-        ssm = agent_of(**flags, dynamics="ssm")
-        assert sum(parts) == 5_293_220 and count(ssm) == 4_719_620 and count(ssm.rssm) == 248_520
+    assert A != 6 or sum(parts) == count(agent) == 5_293_220
+
+
+@variants("planet ssm")
+def test_parameter_counts_of_the_ssm(variant):
+    """The same with 6 actions, without the deterministic path."""
+    obs_space = spaces.Dict({"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)})
+    ssm = agent_of(spaces.Box(-1, 1, (6,)), obs_space, variant, size="paper")
+    assert count(ssm) == 4_719_620 and count(ssm.rssm) == 248_520
 
 
 def test_initial_weights():
@@ -181,7 +196,7 @@ def test_initial_weights():
             assert p.abs().max() <= limit and (p.numel() < 1000 or p.abs().max() > 0.98 * limit), name
 
 
-def slow_observe(rssm, embed, action, is_first, noise):
+def slow_observe(dynamics, rssm, embed, action, is_first, noise):
     """Step by step, with whole layers, as the paper writes it."""
     B, T, A = action.shape
     S, states = rssm.args.stoch, []
@@ -190,23 +205,24 @@ def slow_observe(rssm, embed, action, is_first, noise):
         keep = ~is_first[:, t, None]
         deter, stoch, a = deter * keep, stoch * keep, action[:, t] * keep
         x = torch.relu(rssm.inputs(torch.cat([stoch, a], -1)))
-        if rssm.args.dynamics == "ssm":
+        if dynamics == "ssm":
             prior = rssm.prior_out(x)
             known = torch.cat(prior, -1)
         else:
             deter = rssm.cell(x, deter)
             prior, known = rssm.prior_out(torch.relu(rssm.prior_hidden(deter))), deter
         mean, std = rssm.post_out(torch.relu(rssm.post_hidden(torch.cat([known, embed[:, t]], -1))))
-        stoch = mean if rssm.args.dynamics == "gru" else mean + std * noise[:, t]
+        stoch = mean if dynamics == "gru" else mean + std * noise[:, t]
         states.append((deter, stoch, mean, std, *prior))
     names = ("deter", "stoch", "mean", "std", "prior_mean", "prior_std")
     return {key: torch.stack(x, 1) for key, x in zip(names, zip(*states, strict=True), strict=True)}
 
 
-@pytest.mark.parametrize("dynamics", ["rssm", "ssm", "gru"])
-def test_observe_equals_the_plain_form(dynamics):
+@variants("planet", "planet ssm", "planet gru")
+def test_observe_equals_the_plain_form(variant):
     """The hoisted filter against whole layers step by step, in float64, values and gradients; across resets."""
-    agent = agent_of(dynamics=dynamics).double()
+    planet, dynamics = variant, variant.__name__.removeprefix("planet_")
+    agent = agent_of(module=planet).double()
     rssm, B, T = agent.rssm, 3, 6
     torch.set_default_dtype(torch.float64)
     try:
@@ -220,7 +236,7 @@ def test_observe_equals_the_plain_form(dynamics):
         results = []
         for post in (
             rssm.observe(embed, action, is_first, rssm.initial(B), noise),
-            slow_observe(rssm, embed, action, is_first, noise),
+            slow_observe(dynamics, rssm, embed, action, is_first, noise),
         ):
             total = sum((i + 1) * x.square().sum() for i, (_, x) in enumerate(sorted(post.items())))
             grads = torch.autograd.grad(total, list(rssm.parameters()), allow_unused=True)
@@ -251,10 +267,36 @@ def test_acting_and_training_agree(monkeypatch):
         state["action"] = rows["action"].clamp(-1, 1)
 
 
-def test_gru_never_trains_its_prior():
+def test_every_patch_is_tested():
+    """The list of this file is that of the folder."""
+    names = [path.name for path in (ROOT / "results" / "ablations").glob("planet_*")]
+    assert sorted(names) == [f"planet_{name}.patch" for name in PATCHES]
+
+
+@variants("planet ssm overshooting", *(f"planet {name}" for name in PATCHES))
+def test_patched_file_runs(variant, tmp_path):
+    """The patches apply, and the file trains, saves, evaluates and shows what it predicts."""
+    result = variant.train(short(variant, "Tiny-both-discrete-v0", tmp_path))
+    assert result["updates"] > 1 and np.isfinite(result["losses/total"])
+    assert ("losses/kl" in result) == (variant.__name__ != "planet_gru")
+    agent, args = variant.load_agent(result["run_dir"])
+    assert len(variant.evaluate(agent, args, 1)) == 1
+    variant.train(variant.Args(dream=result["run_dir"]))
+    assert (tmp_path / result["run_dir"] / "dream.gif").exists()
+
+
+def test_gru_has_no_kl_to_overshoot(tmp_path):
+    """Whoever asks for both is told so by git."""
+    shutil.copy(ROOT / "planet.py", tmp_path)
+    apply = lambda name: subprocess.run(["git", "apply", ROOT / f"results/ablations/planet_{name}.patch"], cwd=tmp_path)
+    assert apply("gru").returncode == 0 and apply("overshooting").returncode != 0
+
+
+@variants("planet gru")
+def test_gru_never_trains_its_prior(variant):
     """The authors' deterministic baseline: prior layers get no gradient, there is no KL, and states are means."""
-    agent, replay = experience(planet, "Tiny-vector-box-v0", dynamics="gru")
-    batch = window(planet, agent, replay)
+    agent, replay = experience(variant, "Tiny-vector-box-v0")
+    batch = window(variant, agent, replay)
     losses, _, post, _ = agent.model_losses(batch)
     grads = torch.autograd.grad(sum(x.mean() for x in losses.values()), agent.params, allow_unused=True)
     untrained = {name for (name, _), grad in zip(agent.named_parameters(), grads, strict=True) if grad is None}
@@ -263,10 +305,11 @@ def test_gru_never_trains_its_prior():
     assert np.isfinite(float(agent.update(batch)["losses/total"]))
 
 
-@pytest.mark.parametrize("dynamics", ["rssm", "ssm"])
-def test_overshooting(dynamics):
+@variants("planet overshooting", "planet ssm overshooting")
+def test_overshooting(variant):
     """Against a loop over every start and distance, with everything that crosses an end left out."""
-    agent, replay = experience(planet, "Tiny-vector-box-v0", dynamics=dynamics, overshooting=4, free_nats=0.5)
+    planet = variant
+    agent, replay = experience(planet, "Tiny-vector-box-v0", overshooting=4, free_nats=0.5)
     agent.rssm.sample = lambda mean, std, noise: mean
     batch = window(planet, agent, replay)
     first = batch["is_first"][:, 1:]
@@ -393,13 +436,15 @@ def test_windows_in_a_full_ring(tmp_path):
     assert torch.equal(other.spans(9), replay.spans(9)) and len(replay.starts[0]) == 2
 
 
-def test_random_collection(tmp_path, monkeypatch):
-    """--collect random never plans in training; --eval of that run does."""
+@variants("planet random_collection")
+def test_random_collection(variant, tmp_path, monkeypatch):
+    """It never plans in training; --eval of that run does."""
+    planet = variant
     plans, real = [], planet.cem
     monkeypatch.setattr(planet, "cem", lambda *args: plans.append(1) or real(*args))
     evaluations, evaluate = [], planet.evaluate
     monkeypatch.setattr(planet, "evaluate", lambda *args: evaluations.append(args) or [0.0])
-    result = planet.train(short(planet, "Tiny-vector-box-v0", tmp_path, collect="random"))
+    result = planet.train(short(planet, "Tiny-vector-box-v0", tmp_path))
     monkeypatch.setattr(planet, "evaluate", evaluate)
     assert plans == [] and result["updates"] > 20 and len(evaluations) == 1  # at the checkpoint
     agent, args = planet.load_agent(result["run_dir"])
@@ -415,16 +460,12 @@ def test_action_repeats():
     assert planet.resolve(planet.Args(env_id="Pendulum-v1")).action_repeat == 1
 
 
-def test_simulator_is_left_alone():
-    """With contacts, too: actions chosen by --planner true give the rewards that they give without any planning."""
+def test_simulator_is_left_alone(monkeypatch):
+    """With contacts, too: actions chosen by planet_planner.py give the rewards that they give without any planning."""
     flags = dict(env_id="dm_control/walker-walk-v0", size="debug", action_repeat=100, horizon=2, candidates=3, top=1)
     actions, real = [], planet.cem
-    planet.cem = lambda *args: actions.append(real(*args)[:, :1]) or actions[-1]
-    try:
-        args = planet.Args(planner="true", iterations=1, eval_episodes=1, device="cpu", **flags)
-        (total,) = planet.train(args)["returns"]
-    finally:
-        planet.cem = real
+    monkeypatch.setattr(planet, "cem", lambda *args: actions.append(real(*args)[:, :1]) or actions[-1])
+    (total,) = planet_planner.upper_bound(planet.Args(iterations=1, eval_episodes=1, device="cpu", **flags))
     env = planet.DMControl(flags["env_id"], "vector", 100)
     env.reset(seed=1)
     low, high = env.action_space.low, env.action_space.high
@@ -434,12 +475,13 @@ def test_simulator_is_left_alone():
 
 def test_bad_flags(capsys, tmp_path):
     """One line, exit code 2, no run folder."""
-    with pytest.raises(SystemExit):
-        planet.train(planet.Args(env_id="dm_control/walker-fly-v0", planner="true", device="cpu"))
-    assert capsys.readouterr().err.count("\n") == 1
+    for env_id in "dm_control/walker-fly-v0", "Pendulum-v1":
+        with pytest.raises(SystemExit) as stop:
+            planet_planner.upper_bound(planet.Args(env_id=env_id, device="cpu"))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and env_id in error and error.count("\n") == 1
     cases = [(dict(top=30), "--top 30"), (dict(bits=9), "--bits 9"), (dict(seed_episodes=0), "--seed-episodes 0")]
-    cases += [(dict(dynamics="gru", overshooting=3), "--overshooting 3"), (dict(horizon=0), "--horizon 0")]
-    cases += [(dict(planner="true"), "--planner true"), (dict(candidates=0), "--candidates 0")]
+    cases += [(dict(horizon=0), "--horizon 0"), (dict(candidates=0), "--candidates 0")]
     for flags, text in cases:
         with pytest.raises(SystemExit) as stop:
             planet.train(planet.Args(env_id="Pendulum-v1", size="debug", run_root=str(tmp_path), device="cpu", **flags))
@@ -448,8 +490,8 @@ def test_bad_flags(capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_true_simulator():
-    """--planner true: scores are what the simulator then gives; planning leaves its state as it was."""
+def test_true_simulator(monkeypatch):
+    """planet_planner.py: scores are what the simulator then gives; planning leaves its state as it was."""
     flags = dict(env_id="dm_control/cartpole-balance-v0", size="debug", action_repeat=50, horizon=3, eval_episodes=1)
     seen, real = {}, planet.cem
 
@@ -460,11 +502,8 @@ def test_true_simulator():
         seen.setdefault("plan", (plan, score(plan[:, None].expand(shape))[0, 0].item()))
         return plan
 
-    planet.cem = cem
-    try:
-        (total,) = planet.train(planet.Args(planner="true", obs="vector", device="cpu", **flags))["returns"]
-    finally:
-        planet.cem = real
+    monkeypatch.setattr(planet, "cem", cem)
+    (total,) = planet_planner.upper_bound(planet.Args(obs="vector", device="cpu", **flags))
     assert torch.equal(*seen["twice"]) and len(seen["twice"][0].unique()) > 5
     env = planet.DMControl(flags["env_id"], "vector", 50)
     env.reset(seed=1)

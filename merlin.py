@@ -450,7 +450,7 @@ def state_of(inputs):
 
 # DIFFERS(planet, dreamerv2, dreamerv3, gumbel_softmax): Agent
 class Agent(nn.Module):
-    """MERLIN: a predictor, which fills the memory, and a policy, which only reads it. Its baselines: RLAgent, see AGENTS.
+    """MERLIN: a predictor, which fills the memory, and a policy, which only reads it. Baselines: RLAgent, see AGENTS.
 
     obs_space: Dict of uint8 images (H, W, C), integers (MultiDiscrete) and float32 vectors; action_space: Discrete.
     """

@@ -90,6 +90,8 @@ def table1(args):
             gs.fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: 1 or more")
     if args.resume or args.eval:
         gs.fail("--resume, --eval: no flags of a table; it goes on by itself, allowed: none of them")
+    import matplotlib.pyplot as plt  # missing, it stops here and not after the training
+
     cells, folder = cells_of(args), new_folder(args, "table1")
     with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(cell, [args for args in cells if finished(args) is None]))
@@ -106,15 +108,13 @@ def table1(args):
             mine = [x for x in results if (x["task"], x["latent"], x["estimator"]) == (task, latent, name)]
             texts.append(f"{np.mean([x['bound'] for x in mine]):.1f} ({known})")
         print(f"| {task} {latent} | {' | '.join(texts)} |")
-    picture(folder / "table1.png", results)
+    picture(folder / "table1.png", results, plt)
     print(f"ours (the paper's, after 550,000 steps); {folder}: table1.csv, table1.png")
     return {"run_dir": str(folder), "cells": results}
 
 
-def picture(path, results):
+def picture(path, results, plt):
     """Validation curves of all cells."""
-    import matplotlib.pyplot as plt
-
     plt.switch_backend("agg")
     figure, axes = plt.subplots(2, 2, figsize=(13, 10))
     for (task, latent), axis in zip(TABLE1, axes.flat, strict=True):

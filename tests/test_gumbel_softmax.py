@@ -826,6 +826,30 @@ def test_resume_is_exact(folder, tmp_path, monkeypatch, case):
     assert (straight["curve"], straight["bound"]) == (result["curve"], result["bound"])
 
 
+def test_what_update_gets(folder, tmp_path, monkeypatch):
+    """So many steps, each with its own temperature, on images of 0 and 1 that are drawn anew from the grey ones, in the
+    order of the epoch; what is not finite stops the run in the step that has it, also between two checkpoints.
+    """
+    real, seen = module.Agent.update, []
+
+    def update(self, images, temperature):
+        seen.append((images, temperature))
+        stats = real(self, images, temperature)
+        return {**stats, "losses/total": stats["losses/total"] * (float("nan") if len(seen) == 27 else 1)}
+
+    monkeypatch.setattr(module.Agent, "update", update)
+    args = short(folder, tmp_path, total_steps=25, binarize="dynamic", anneal="cosine")
+    module.train(args)
+    assert [x for _, x in seen] == [module.anneal(step, module.resolve(args)) for step in range(25)]
+    assert len({x for _, x in seen}) == 25
+    grey = module.load_data(module.resolve(args), "cpu")["train"]  # 500 images: 5 batches an epoch
+    for rows, (images, _) in zip(module.batches(500, 100, 0, seed=1), seen, strict=False):
+        assert set(images.unique().tolist()) == {0, 1} and not images[grey[rows] == 0].any()
+    assert not torch.equal(sum(x for x, _ in seen[:5]), sum(x for x, _ in seen[5:10]))  # two epochs, two draws
+    with pytest.raises(RuntimeError, match="step 2: FloatingPointError: losses/total is nan"):
+        module.train(dataclasses.replace(args, seed=2))
+
+
 def test_resume_further(run):
     """--total-steps may grow; the order of the data goes on."""
     result = module.train(module.Args(resume=str(run), total_steps=35, device="cpu"))
@@ -940,6 +964,12 @@ def test_disk_is_full(folder, tmp_path, monkeypatch):
         module.train(short(folder, tmp_path))
     (run,) = tmp_path.iterdir()
     assert module.load(run, "cpu")["now"]["step"] == 10 and not list(run.glob("*.tmp"))
+    monkeypatch.setattr(torch, "save", real)
+    module.train(module.Args(resume=str(run), device="cpu"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    points = EventAccumulator(str(run)).Reload().Scalars("charts/valid_bound")
+    assert [x.step for x in points] == [10, 20]  # that of step 20 was written before the disk was full, and again
 
 
 def test_resolve():

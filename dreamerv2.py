@@ -192,8 +192,7 @@ def resolve(args: Args) -> Args:
     if args.size == "auto":
         dmc = "dmc-proprio" if args.obs == "vector" else "dmc-vision"
         args = replace(args, size={"ALE": "atari-fast", "dm_control": dmc}.get(family, "small"))
-    preset = SIZES[args.size]
-    args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
+    args = replace(args, **{key: value for key, value in SIZES[args.size].items() if getattr(args, key) is None})
     rows = min(args.total_timesteps * 9 // 8, 2_000_000)  # an eighth for the rows of resets
     derived = {"action_repeat": {"ALE": 4, "dm_control": 2}.get(family, 1), "buffer_size": rows}
     args = replace(args, **{key: value for key, value in derived.items() if getattr(args, key) is None})
@@ -489,7 +488,8 @@ class RSSM(nn.Module):
     def __init__(self, embed_size, action_size, args):
         super().__init__()
         D, U, S, K = args.deter, args.hidden, args.stoch, args.classes
-        self.args, self.split, self.unflatten = args, [S * K, action_size], nn.Unflatten(-1, (S, K))  # split: Z, A
+        self.args, self.unflatten = args, nn.Unflatten(-1, (S, K))
+        self.split = [S * K, action_size]  # Z, A
         self.inputs, self.inputs_norm = nn.Linear(sum(self.split), U), layer_norm(U, args.norm)
         self.post_in, self.post_norm = nn.Linear(D + embed_size, U), layer_norm(U, args.norm)
         self.post_out = nn.Linear(U, S * K)
@@ -508,7 +508,8 @@ class RSSM(nn.Module):
 
     def draw(self, *shape):
         """Noise for sample: (..., S, K) ~ Exp(1), which sample_onehot wants."""
-        return torch.rand(*shape, *self.unflatten.unflattened_size, device=self.inputs.weight.device).log_().neg_()
+        args, device = self.args, self.inputs.weight.device
+        return torch.rand(*shape, args.stoch, args.classes, device=device).log_().neg_()
 
     def sample(self, logits, noise=None):
         """-> latents (..., S, K), with straight-through gradients. noise: of draw, drawn if None."""

@@ -146,8 +146,7 @@ def resolve(args: Args) -> Args:
 
     Stops with exit code 2 where flags are impossible or contradict each other.
     """
-    preset = SIZES[args.size]
-    args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
+    args = replace(args, **{key: value for key, value in SIZES[args.size].items() if getattr(args, key) is None})
     family, _, task = args.env_id.partition("/")
     repeat = {"ALE": 4, "dm_control": REPEATS.get(task.split("-")[0], 2)}.get(family, 1)
     rows = min(args.total_timesteps * 9 // 8, 1_000_000)  # an eighth for the rows of resets
@@ -1205,12 +1204,13 @@ def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     stats, since, spent = {}, (time.time(), now["step"]), {"act": 0.0, "train": 0.0, "env": 0.0}
 
     while now["step"] < args.total_timesteps:
-        # data collection, lines 12 to 18: belief, plan and noise; in the seed episodes of line 1 random actions
-        times, seeding = [time.time()], now["episodes"] < args.seed_episodes
+        times = [time.time()]
+        # data collection: belief, plan and noise; in the seed episodes random actions
+        seeding = now["episodes"] < args.seed_episodes
         action, state = agent.act(row, row["is_first"], state, random=seeding)
         replay.add({**row, "action": action})
         times.append(time.time())
-        # model fitting, lines 5 to 8: when the last row of an episode is stored, of the seed episodes the last one's
+        # model fitting: after the last of the seed episodes, and after each later one, once its last row is stored
         due = args.collect_interval * (now["episodes"] - args.seed_episodes + 1)
         while now["updates"] < due and replay.windows(rows):
             batch = replay.sample(args.batch_size, rows)

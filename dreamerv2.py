@@ -82,7 +82,6 @@ SOURCE = Path(__file__).read_text(encoding="utf-8")  # goes into every checkpoin
 Size = Literal["auto", "debug", "small", "atari", "atari-fast", "dmc-vision", "dmc-proprio", "crafter"]
 
 
-# DIFFERS(planet, dreamerv3, merlin, gumbel_softmax): Args
 @dataclass
 class Args:
     env_id: str = "ALE/Pong-v5"  # ALE/*, dm_control/<domain>-<task>-v0, or any gymnasium id (module:Id too)
@@ -184,7 +183,6 @@ OF_A_CALL = ("device", "track")  # flags that a checkpoint does not hand on
 SIDES = (64,)  # of images: the transposed convolutions end at 64
 
 
-# DIFFERS(planet, dreamerv3, merlin, gumbel_softmax): resolve
 def resolve(args: Args) -> Args:
     """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
 
@@ -221,8 +219,6 @@ def resolve(args: Args) -> Args:
 # === Part 1: the algorithm ============================================================================================
 
 
-# SHARED(dreamerv2, dreamerv3, merlin): sample_onehot
-# DIFFERS(gumbel_softmax): sample_onehot
 def sample_onehot(probs, noise=None):
     """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
 
@@ -233,19 +229,16 @@ def sample_onehot(probs, noise=None):
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
 
-# SHARED(dreamerv2, dreamerv3, gumbel_softmax): straight_through
 def straight_through(onehot, probs):
     """The value of the sample with the gradient of the probabilities (Bengio et al. 2013). Both (..., K)."""
     return onehot + (probs - probs.detach())  # with other parentheses the sum is off one-hot by rounding
 
 
-# SHARED(dreamerv2, dreamerv3, gumbel_softmax): kl_categorical
 def kl_categorical(logp, logq):
     """KL(p || q) in nats of S independent categoricals. Log-probabilities (..., S, K) -> (...)."""
     return (logp.exp() * (logp - logq)).sum((-2, -1))
 
 
-# DIFFERS(planet, dreamerv3): kl_loss
 def kl_loss(post, prior, free_nats, balance):
     """Algorithm 2: balance KL(sg(post) || prior) + (1 - balance) KL(post || sg(prior)), the mean over steps -> ().
 
@@ -259,7 +252,6 @@ def kl_loss(post, prior, free_nats, balance):
     return balance * dyn + (1 - balance) * rep
 
 
-# DIFFERS(dreamerv3): lambda_return
 def lambda_return(reward, value, disc, lam):
     """Eq. 4: V_t = r_t + disc_t ((1 - lam) v_{t+1} + lam V_{t+1}), with V_H = v_H.
 
@@ -271,7 +263,6 @@ def lambda_return(reward, value, disc, lam):
     return torch.stack(returns[:0:-1], -1)
 
 
-# DIFFERS(dreamerv3): actor_loss
 def actor_loss(logp, entropy, returns, baseline, weight, rho, entropy_scale):
     """Eq. 6: -w_t (rho ln pi(a_t|z_t) sg(V_t - v_t) + (1 - rho) V_t + eta H_t). All (N, H-1) -> (N, H-1).
 
@@ -282,7 +273,6 @@ def actor_loss(logp, entropy, returns, baseline, weight, rho, entropy_scale):
     return -weight.detach() * (objective + entropy_scale * entropy)
 
 
-# DIFFERS(dreamerv3): critic_loss
 def critic_loss(value, returns, weight):
     """Eq. 5: w_t (v_t - sg(V_t))^2 / 2. All (N, H) -> (N, H)."""
     return weight.detach() * (value - returns.detach()).square() / 2
@@ -324,8 +314,6 @@ def truncated_entropy(mean, std):
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
-# SHARED(planet, dreamerv2): init_weights
-# DIFFERS(dreamerv3): init_weights
 def init_weights(module):
     """Glorot-uniform weights, biases 0, as TensorFlow's layers."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
@@ -338,7 +326,6 @@ def layer_norm(size, on=True):
     return nn.LayerNorm(size, eps=1e-3) if on else nn.Identity()
 
 
-# DIFFERS(planet, dreamerv3, merlin): mlp
 def mlp(inputs, units, layers, norm):
     """layers x (Linear, layer norm where asked for, ELU)."""
     sizes = [inputs] + layers * [units]
@@ -346,14 +333,11 @@ def mlp(inputs, units, layers, norm):
     return nn.Sequential(*[module for part in parts for module in part])
 
 
-# SHARED(planet, dreamerv2, dreamerv3): is_image
-# DIFFERS(merlin): is_image
 def is_image(space):
     """uint8 of rank 3 goes to the convolutions, everything else to the MLP."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
 
 
-# DIFFERS(planet, dreamerv3, merlin): Encoder
 class Encoder(nn.Module):
     """Observations -> embedding. Images: 4 x (4x4 convolution of stride 2, ELU): 64, 31, 14, 6, 2. Vectors: an MLP."""
 
@@ -390,7 +374,6 @@ class Encoder(nn.Module):
         return torch.cat(tokens, -1)
 
 
-# DIFFERS(planet, dreamerv3, merlin): Decoder
 class Decoder(nn.Module):
     """Features -> means of unit-variance normals. Images: linear, then 4 transposed convolutions: 1, 5, 13, 30, 64."""
 
@@ -426,7 +409,6 @@ class Decoder(nn.Module):
         return out
 
 
-# DIFFERS(dreamerv3): Head
 class Head(nn.Module):
     """MLP of 4 layers with a linear output: (..., F) -> (..., outputs), float32."""
 
@@ -441,7 +423,6 @@ class Head(nn.Module):
             return self.out(x.float())
 
 
-# DIFFERS(dreamerv3): Actor
 class Actor(Head):
     """The policy. An action is a vector of size A: one-hot for Discrete, numbers in -1 to 1 for Box."""
 
@@ -482,7 +463,6 @@ class Actor(Head):
         return (-dist[0] * dist[0].exp() if self.discrete else truncated_entropy(*dist)).sum(-1)
 
 
-# DIFFERS(planet): GRU
 class GRU(nn.Module):
     """r, c, u = layer norm(W [x, h]), h' = h + sigmoid(u - 1) (tanh(sigmoid(r) c) - h). The norm is one over all three
     parts, the reset gate comes after the product, and the -1 makes a new network remember.
@@ -502,7 +482,6 @@ class GRU(nn.Module):
 # --- world model ------------------------------------------------------------------------------------------------------
 
 
-# DIFFERS(planet, dreamerv3): RSSM
 class RSSM(nn.Module):
     """Recurrent state-space model, Eq. 1: h_t = f(h, z, a of t-1), posterior z_t ~ q(h_t, x_t), prior z_t ~ p(h_t)."""
 
@@ -592,7 +571,6 @@ class RSSM(nn.Module):
 # --- optimiser --------------------------------------------------------------------------------------------------------
 
 
-# DIFFERS(planet): Adam
 class Adam:
     """TensorFlow's Adam after clipping and decay, for groups of parameters that are stepped one by one: eps is added
     before the second moment is corrected, and decay is not multiplied by the learning rate. For each p with gradient g:
@@ -637,7 +615,6 @@ class Adam:
             own["count"].copy_(state[name]["count"])
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): Captured
 class Captured:
     """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
 
@@ -677,7 +654,6 @@ class Captured:
 # --- agent ------------------------------------------------------------------------------------------------------------
 
 
-# DIFFERS(planet, dreamerv3, merlin, gumbel_softmax): Agent
 class Agent(nn.Module):
     """World model, actor and critic, each with losses and an optimiser step of its own.
 
@@ -862,14 +838,12 @@ class Agent(nn.Module):
 # === Part 2: plumbing =================================================================================================
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): fail
 def fail(message):
     """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): pick_device
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
     cuda = torch.cuda.is_available()
@@ -886,7 +860,6 @@ def pick_device(args):
     return device
 
 
-# SHARED(planet, dreamerv2, dreamerv3): free_memory
 def free_memory(device):
     """Bytes that can still be allocated; infinite where the system does not tell."""
     if device.type == "cuda":
@@ -895,7 +868,6 @@ def free_memory(device):
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): tune
 def tune(args):
     """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
     again page by page is half of a CPU update.
@@ -912,7 +884,6 @@ def tune(args):
     torch.backends.cudnn.benchmark = not args.torch_deterministic
 
 
-# DIFFERS(planet, dreamerv3): Replay
 class Replay:
     """Ring buffer of capacity // num_envs rows for each environment; all environments add a row at a time together.
 
@@ -1026,7 +997,6 @@ class Replay:
 # --- environments -----------------------------------------------------------------------------------------------------
 
 
-# SHARED(planet, dreamerv2, dreamerv3): DMControl
 class DMControl(gym.Env):
     """dm_control/<domain>-<task>-v0. Episodes end by time limit (discount still 1): truncated, not terminated."""
 
@@ -1070,8 +1040,6 @@ class DMControl(gym.Env):
         return self.env.physics.render(self.size, self.size, camera_id=self.camera)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): adapt
-# DIFFERS(merlin): adapt
 def adapt(env, args, repeat):
     """One environment -> Dict of uint8 images (H, W, C) and flat float32 vectors; Box actions clipped to [-1, 1]."""
     space, action = env.observation_space, env.action_space
@@ -1099,7 +1067,6 @@ def adapt(env, args, repeat):
     return gym.wrappers.TransformObservation(env, as_dict, space)
 
 
-# DIFFERS(planet, dreamerv3, merlin): atari_envs
 def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
     small = args.atari_protocol == "100k"
@@ -1115,8 +1082,6 @@ def atari_envs(env_id, num_envs, args, **kwargs):
     return gym.wrappers.vector.TransformObservation(envs, as_dict, batched, single)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): make_envs
-# DIFFERS(merlin): make_envs
 def make_envs(env_id, num_envs, seed, args, render=False):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
     family = env_id.split("/")[0]
@@ -1152,7 +1117,6 @@ def make_envs(env_id, num_envs, seed, args, render=False):
     return envs
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): start_row
 def start_row(envs, seed):
     """Reset all environments -> their first rows."""
     obs, _ = envs.reset(seed=seed)
@@ -1160,7 +1124,6 @@ def start_row(envs, seed):
     return {**obs, "reward": np.float32(no), "is_first": yes, "is_last": no, "is_terminal": no}
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): next_row
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
     obs, reward, terminated, truncated, _ = envs.step(action)
@@ -1171,7 +1134,6 @@ def next_row(envs, action, row):
 # --- pictures, checkpoints, evaluation --------------------------------------------------------------------------------
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): save_gif
 def save_gif(path, frames, writer=None, step=0):
     """uint8 (T, H, W, 3) -> animated GIF on disk and in TensorBoard, whose own add_video would need moviepy."""
     from PIL import Image
@@ -1187,7 +1149,6 @@ def save_gif(path, frames, writer=None, step=0):
         writer._get_file_writer().add_summary(Summary(value=[value]), step)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): picture
 def picture(obs):
     """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the vectors as gray cells."""
     images = [obs[key] for key in sorted(obs) if obs[key].dim() == 5]
@@ -1198,7 +1159,6 @@ def picture(obs):
     return cells.repeat_interleave(16, -1)[..., None, :, None].expand(-1, -1, 32, -1, 3)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): film
 def film(video, seen):
     """(B, T, H, W, 3) -> uint8 (T, 6 + H, B * W, 3): side by side; a bar above is green for seen frames, then red."""
     B, T, _, W, _ = video.shape
@@ -1207,7 +1167,6 @@ def film(video, seen):
     return torch.cat([bar, video], 2).permute(1, 2, 0, 3, 4).flatten(2, 3).to(torch.uint8).cpu().numpy()
 
 
-# DIFFERS(planet, dreamerv3): open_loop
 @torch.no_grad()
 def open_loop(agent, batch):
     """What the model knows: up to six windows side by side, with truth, model and error from top to bottom. It observes
@@ -1227,14 +1186,11 @@ def open_loop(agent, batch):
     return film(torch.cat([truth, model, (model - truth + 255) / 2], 2), seen)
 
 
-# SHARED(planet, dreamerv2): shown
-# DIFFERS(merlin): shown
 def shown(recon):
     """Predicted images, in -0.5 to 0.5, to 0 to 1."""
     return {key: (x + 0.5).clamp(0, 1) if x.dim() == 5 else x for key, x in recon.items()}
 
 
-# DIFFERS(planet, dreamerv3): dream
 @torch.no_grad()
 def dream(agent, args, steps=64):
     """Four dreams of the policy, each after one real observation. -> uint8 (1 + steps, H, W, 3)."""
@@ -1247,7 +1203,6 @@ def dream(agent, args, steps=64):
         return film(picture(shown(agent.decoder(feat))), seen=1)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): frame
 def frame(envs, row, agent):
     """The first environment as it renders itself, where it can, else as the agent sees it. -> uint8 (H, W, 3)."""
     try:
@@ -1257,8 +1212,6 @@ def frame(envs, row, agent):
         return seen[0, 0].to(torch.uint8).numpy()
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): evaluate
-# DIFFERS(gumbel_softmax): evaluate
 def evaluate(agent, args, episodes, video=None):
     """Play whole episodes without exploration noise; the random state of training is left as it was.
 
@@ -1284,7 +1237,6 @@ def evaluate(agent, args, episodes, video=None):
     return [score for mine, share in zip(scores, wanted, strict=True) for score in mine[:share]]
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): save
 def save(path, **state):
     """Atomic: either the whole new file stands under its name, or still the old one, and nothing beside it."""
     temporary = Path(path).with_suffix(".tmp")
@@ -1298,7 +1250,6 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): load
 def load(path, device, need=()):
     """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
@@ -1311,8 +1262,6 @@ def load(path, device, need=()):
         fail(f"{path}: cannot be read ({type(error).__name__}: {text}); allowed: a checkpoint.pt")
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): merge
-# DIFFERS(gumbel_softmax): merge
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
 
@@ -1329,8 +1278,6 @@ def merge(args, path, saved, free):
     return replace(Args(**saved), **{name: value for name, value in asked.items() if name in free})
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): restore_weights
-# DIFFERS(gumbel_softmax): restore_weights
 def restore_weights(agent, state, path):
     """Load a state_dict, or stop with one line where shapes differ."""
     try:
@@ -1340,8 +1287,6 @@ def restore_weights(agent, state, path):
         fail(f"{path}: made for other observations or actions ({line}); allowed: its own environment and version")
 
 
-# SHARED(planet, dreamerv2, dreamerv3): load_agent
-# DIFFERS(merlin, gumbel_softmax): load_agent
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     state = load(path, "cpu", need=("args", "agent"))
@@ -1354,8 +1299,6 @@ def load_agent(path, args=None):
     return agent, args
 
 
-# SHARED(planet, dreamerv2, dreamerv3): show
-# DIFFERS(merlin, gumbel_softmax): show
 def show(args):
     """--eval and --dream: print the returns, leave a GIF beside the checkpoint."""
     path = Path(args.eval or args.dream)
@@ -1375,7 +1318,6 @@ def show(args):
 # === Part 3: training =================================================================================================
 
 
-# DIFFERS(planet, dreamerv3, merlin): describe
 def describe(args, agent, replay, run_dir):
     """Say what is about to run, before it takes hours."""
     gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
@@ -1393,7 +1335,6 @@ def describe(args, agent, replay, run_dir):
     print(f"length    {steps}{late}", flush=True)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): open_writer
 def open_writer(args, run_dir, step):
     """TensorBoard, mirrored to Weights & Biases with --track."""
     from torch.utils.tensorboard import SummaryWriter
@@ -1409,7 +1350,6 @@ def open_writer(args, run_dir, step):
     return writer
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): finite
 def finite(stats):
     """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
     update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
@@ -1421,8 +1361,6 @@ def finite(stats):
     return values
 
 
-# SHARED(planet, dreamerv2, dreamerv3): record
-# DIFFERS(merlin): record
 def record(writer, args, now, stats, spent, since, replay):
     """One progress line, and the scalars for TensorBoard. spent: seconds by part; since: time and step of last call.
 
@@ -1441,8 +1379,6 @@ def record(writer, args, now, stats, spent, since, replay):
         writer.add_scalar(key, value, now["step"])
 
 
-# SHARED(planet, dreamerv2, dreamerv3): checkpoint
-# DIFFERS(merlin): checkpoint
 def checkpoint(args, run_dir, agent, replay, now, writer):
     """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint and the files it names."""
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
@@ -1454,8 +1390,6 @@ def checkpoint(args, run_dir, agent, replay, now, writer):
     writer.flush()
 
 
-# SHARED(planet, dreamerv2, dreamerv3): restore
-# DIFFERS(merlin): restore
 def restore(saved, args, agent, replay, run_dir):
     """Bring agent, replay and random state to where the checkpoint was taken. -> now.
 
@@ -1470,7 +1404,6 @@ def restore(saved, args, agent, replay, run_dir):
     return {**saved["now"], "returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
 
 
-# DIFFERS(planet, dreamerv3, merlin, gumbel_softmax): learn
 def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics.
 
@@ -1519,7 +1452,6 @@ def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     return finite(stats)
 
 
-# DIFFERS(planet, dreamerv3, merlin, gumbel_softmax): train
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
     modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]

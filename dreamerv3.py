@@ -68,7 +68,6 @@ from torch import nn
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # goes into every checkpoint: the code that really ran
 
 
-# DIFFERS(planet, dreamerv2, merlin, gumbel_softmax): Args
 @dataclass
 class Args:
     env_id: str = "ALE/Pong-v5"  # ALE/*, dm_control/<domain>-<task>-v0, or any gymnasium id (module:Id too)
@@ -140,26 +139,23 @@ OF_A_CALL = ("device", "track")  # flags that a checkpoint does not hand on
 SIDES = range(48, 257, 16)  # of images: four halvings, and a smallest image that is not too small
 
 
-# DIFFERS(planet, dreamerv2, merlin, gumbel_softmax): resolve
 def resolve(args: Args) -> Args:
     """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
 
     Stops with exit code 2 where flags are impossible or contradict each other.
     """
-    preset = {**RUN, **SIZES[args.size]}
+    preset = {**RUN, **SIZES[args.size], "action_repeat": {"ALE": 4, "dm_control": 2}.get(args.env_id.split("/")[0], 1)}
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
-    repeat = {"ALE": 4, "dm_control": 2}.get(args.env_id.split("/")[0], 1)
-    rows = min(args.total_timesteps * 9 // 8, 1_000_000)  # an eighth for the rows of resets
-    derived = {"action_repeat": repeat, "buffer_size": rows}
-    args = replace(args, **{key: value for key, value in derived.items() if getattr(args, key) is None})
+    if args.buffer_size is None:
+        args = replace(args, buffer_size=min(args.total_timesteps * 9 // 8, 1_000_000))  # an eighth for rows of resets
     positive = ["num_envs", "action_repeat", "total_timesteps", "batch_size", "train_ratio", "learning_starts"]
     positive += ["buffer_size", "checkpoint_every", "imag_horizon", "warmup", "eval_episodes"]
     bounds = dict.fromkeys(positive, 0) | {"batch_length": 1, "bins": 2}
     for name, least in bounds.items():
         if getattr(args, name) <= least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than {least}")
-    if args.bins % 2 == 0 or args.deter % args.blocks or 4 * args.depth % args.blocks:
-        fail(f"--bins {args.bins} must be odd; --blocks {args.blocks} must divide --deter and 4 x --depth")
+    if args.bins % 2 == 0 or args.deter % args.blocks:
+        fail(f"--bins {args.bins} must be odd; --blocks {args.blocks} must divide --deter {args.deter}")
     for name, family in ("obs", "dm_control"), ("atari_protocol", "ALE"):
         if getattr(args, name) != getattr(Args, name) and not args.env_id.startswith(family + "/"):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: with --env-id {family}/... only")
@@ -232,8 +228,6 @@ def unimix(logits, mix):
     return mixed_softmax(logits, mix).log() if mix else logits.float().log_softmax(-1)
 
 
-# SHARED(dreamerv2, dreamerv3, merlin): sample_onehot
-# DIFFERS(gumbel_softmax): sample_onehot
 def sample_onehot(probs, noise=None):
     """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
 
@@ -244,19 +238,16 @@ def sample_onehot(probs, noise=None):
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
 
-# SHARED(dreamerv2, dreamerv3, gumbel_softmax): straight_through
 def straight_through(onehot, probs):
     """The value of the sample with the gradient of the probabilities (Bengio et al. 2013). Both (..., K)."""
     return onehot + (probs - probs.detach())  # with other parentheses the sum is off one-hot by rounding
 
 
-# SHARED(dreamerv2, dreamerv3, gumbel_softmax): kl_categorical
 def kl_categorical(logp, logq):
     """KL(p || q) in nats of S independent categoricals. Log-probabilities (..., S, K) -> (...)."""
     return (logp.exp() * (logp - logq)).sum((-2, -1))
 
 
-# DIFFERS(planet, dreamerv2): kl_loss
 def kl_loss(post, prior, free_nats):
     """Eq. 3: (dynamics, representation) loss, one KL with either side stopped and never pushed below free_nats.
 
@@ -268,7 +259,6 @@ def kl_loss(post, prior, free_nats):
     return dyn, rep
 
 
-# DIFFERS(dreamerv2): lambda_return
 def lambda_return(reward, value, disc, lam):
     """Eq. 5: R_t = r_{t+1} + disc_{t+1} ((1 - lam_{t+1}) v_{t+1} + lam_{t+1} R_{t+1}), with R_T = v_T.
 
@@ -288,7 +278,6 @@ def percentile(x, q):
     return torch.lerp(x[low], x[min(low + 1, len(x) - 1)], position - low)
 
 
-# DIFFERS(dreamerv2): actor_loss
 def actor_loss(logp, entropy, returns, value, weight, scale, entropy_scale):
     """Eq. 6, REINFORCE for all actions: -w_t (ln pi(a_t|s_t) sg((R_t - v_t) / scale) + eta H_t), scale = max(1, S).
 
@@ -298,7 +287,6 @@ def actor_loss(logp, entropy, returns, value, weight, scale, entropy_scale):
     return -weight.detach() * (logp * advantage + entropy_scale * entropy)
 
 
-# DIFFERS(dreamerv2): critic_loss
 def critic_loss(logits, bins, returns, slow_value, weight):
     """Eq. 5 with slow regulariser: w_t (CE(v_t, sg R_t) + CE(v_t, sg slow value)), where both targets are scalars.
 
@@ -341,7 +329,6 @@ def cast(weight):
     return weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight
 
 
-# DIFFERS(planet, dreamerv2, merlin): mlp
 def mlp(inputs, units, layers):
     """layers x (Linear, RMSNorm, SiLU), the order used everywhere."""
     sizes = [inputs] + layers * [units]
@@ -349,7 +336,6 @@ def mlp(inputs, units, layers):
     return nn.Sequential(*[module for part in parts for module in part])
 
 
-# DIFFERS(planet, dreamerv2): init_weights
 def init_weights(module, outscale=1.0):
     """Normal of deviation outscale / sqrt(fan in), truncated at 2 sigma (1.1368 makes up for the truncation); biases 0.
 
@@ -366,14 +352,11 @@ def init_weights(module, outscale=1.0):
         nn.init.trunc_normal_(weight, std=sigma, a=-2 * sigma, b=2 * sigma)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): is_image
-# DIFFERS(merlin): is_image
 def is_image(space):
     """uint8 of rank 3 goes to the convolutions, everything else to the MLP."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
 
 
-# DIFFERS(planet, dreamerv2, merlin): Encoder
 class Encoder(nn.Module):
     """Observations -> embedding. Vectors: symlog, 3 layers. Images, stacked on channels: 4 x (5x5, max-pool, norm)."""
 
@@ -425,9 +408,10 @@ def upsample_conv(x, conv):
     return y.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
-# DIFFERS(planet, dreamerv2, merlin): Decoder
 class Decoder(nn.Module):
     """Features -> predicted observations: vectors as symlog, images in 0 to 1."""
+
+    blocks = 8  # of the layer from h to the smallest image; a number of its own in the code, whatever --blocks is
 
     def __init__(self, obs_space, args):
         super().__init__()
@@ -443,7 +427,9 @@ class Decoder(nn.Module):
             depths = [m * args.depth for m in (4, 4, 3, 2)] + [sum(self.shapes[key][-1] for key in self.images)]
             self.low = height // 16, width // 16, depths[0]  # rows, columns, channels of the smallest image
             pixels = int(np.prod(self.low))
-            self.from_deter = BlockLinear(args.deter, pixels, args.blocks)
+            if args.deter % self.blocks or depths[0] % self.blocks:
+                fail(f"--deter {args.deter} --depth {args.depth}: allowed with images: multiples of 8, of 2")
+            self.from_deter = BlockLinear(args.deter, pixels, self.blocks)
             self.from_stoch = nn.Sequential(*mlp(self.split[1], 2 * args.units, 1), nn.Linear(2 * args.units, pixels))
             self.convs = nn.ModuleList(nn.Conv2d(a, b, 5, padding=2) for a, b in zip(depths, depths[1:], strict=False))
             self.norms = nn.ModuleList(RMSNorm(depth) for depth in depths[:-1])
@@ -458,7 +444,7 @@ class Decoder(nn.Module):
             out = {key: head(x).float() for key, head in self.heads.items()}
         if self.images:
             rows, columns, _ = self.low
-            x = self.from_deter(deter).flatten(0, 1).unflatten(-1, (len(self.from_deter.weight), rows, columns, -1))
+            x = self.from_deter(deter).flatten(0, 1).unflatten(-1, (self.blocks, rows, columns, -1))
             x = x.permute(0, 2, 3, 1, 4).flatten(3)  # each block of the layer owns some of the channels
             x = (x + self.from_stoch(stoch).view(x.shape)).permute(0, 3, 1, 2)
             for norm, conv in zip(self.norms, self.convs, strict=True):
@@ -469,7 +455,6 @@ class Decoder(nn.Module):
         return out
 
 
-# DIFFERS(dreamerv2): Head
 class Head(nn.Module):
     """MLP with a linear output: (..., F) -> (..., outputs), float32."""
 
@@ -483,7 +468,6 @@ class Head(nn.Module):
         return self.out(self.mlp(feat)).float()
 
 
-# DIFFERS(dreamerv2): Actor
 class Actor(Head):
     """The policy. An action is a vector of size A: one-hot for Discrete, raw numbers for Box, whose bounds are +-1."""
 
@@ -540,9 +524,9 @@ def stack_steps(steps):
 class ThroughTime(torch.autograd.Function):
     """Backpropagation through time, but for the weights: these get their gradients for all steps at once.
 
-    Forward hands on the states that the loop gave. Backward adds to the gradient of each state what later steps pass
-    back, and gives the sums to the same states as computed again, all T at once, from the known states before them.
-    There a layer is one product in each direction, where the loop would have T small ones and T additions.
+    Forward hands on the states of the loop. Backward adds to the gradient of each what later steps pass back, and gives
+    the sums to the same states as computed again, all T at once from the known ones before them: there a layer is one
+    product in each direction, where the loop would have T small ones and T additions.
     """
 
     @staticmethod
@@ -561,7 +545,6 @@ class ThroughTime(torch.autograd.Function):
         return None, None, None, None, *stack_steps(totals[::-1])
 
 
-# DIFFERS(planet, dreamerv2): RSSM
 class RSSM(nn.Module):
     """Recurrent state-space model, Eq. 1: h_t = f(h, z, a of t-1), posterior z_t ~ q(h_t, x_t), prior z_t ~ p(h_t)."""
 
@@ -594,9 +577,8 @@ class RSSM(nn.Module):
         gates = torch.bmm(x.view(-1, G, size).transpose(0, 1), self.core_gates.weight)  # (G, N, 3*D/G)
         reset, cand, update = (gates + self.core_gates.bias.view(G, 1, -1)).chunk(3, -1)
         cand = torch.tanh(reset.sigmoid() * cand)  # (G, N, D/G)
-        deter = deter.view(-1, G, size).transpose(0, 1)
-        deter = torch.lerp(deter, cand, (update - 1).sigmoid())  # the -1 makes a new network remember
-        return deter.transpose(0, 1).flatten(1)
+        own = deter.view(-1, G, size).transpose(0, 1)  # (G, N, D/G)
+        return torch.lerp(own, cand, (update - 1).sigmoid()).transpose(0, 1).flatten(1)  # -1: a new network remembers
 
     def step(self, deter, stoch, keep, action_hidden, embed_hidden, noise, core_weight, post_weight):
         """One step of the filter: h' = f(h, z, a), z' ~ q(h', x). deter: (N, D); stoch: (N, S, K); keep: (N, 1), 0
@@ -713,7 +695,6 @@ class LaProp:
         self.count.copy_(state["count"])
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): Captured
 class Captured:
     """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
 
@@ -753,7 +734,6 @@ class Captured:
 # --- agent ------------------------------------------------------------------------------------------------------------
 
 
-# DIFFERS(planet, dreamerv2, merlin, gumbel_softmax): Agent
 class Agent(nn.Module):
     """World model, actor and critic, trained together by one loss and one optimiser.
 
@@ -936,14 +916,12 @@ class Agent(nn.Module):
 # === Part 2: plumbing =================================================================================================
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): fail
 def fail(message):
     """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): pick_device
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
     cuda = torch.cuda.is_available()
@@ -960,7 +938,6 @@ def pick_device(args):
     return device
 
 
-# SHARED(planet, dreamerv2, dreamerv3): free_memory
 def free_memory(device):
     """Bytes that can still be allocated; infinite where the system does not tell."""
     if device.type == "cuda":
@@ -969,7 +946,6 @@ def free_memory(device):
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): tune
 def tune(args):
     """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
     again page by page is half of a CPU update.
@@ -986,7 +962,6 @@ def tune(args):
     torch.backends.cudnn.benchmark = not args.torch_deterministic
 
 
-# DIFFERS(planet, dreamerv2): Replay
 class Replay:
     """Ring buffer of capacity // num_envs rows for each environment; all environments add a row at a time together.
 
@@ -1008,8 +983,8 @@ class Replay:
         if size > free_memory(device):
             free = f"free are {free_memory(device) / 2**30:.1f} GiB"
             fail(f"--buffer-size {capacity}: {capacity:,} rows take {size / 2**30:.1f} GiB, but {free}")
-        shape = self.length, num_envs
-        self.data = {key: torch.zeros(shape + tuple(s), dtype=d, device=device) for key, (s, d) in spec.items()}
+        zeros = partial(torch.zeros, self.length, num_envs, device=device)
+        self.data = {key: zeros(*shape, dtype=dtype) for key, (shape, dtype) in spec.items()}
         self.device = device
         self.rows = 0  # added so far for each environment, kept or not
         self.online = 0  # windows that the online queue has handed out
@@ -1035,8 +1010,7 @@ class Replay:
                 break
             start[b], env[b] = self.online // N * T, self.online % N
             self.online += 1
-        index = (start[:, None] + torch.arange(T)) % self.length * N + env[:, None]
-        index = index.to(self.device, non_blocking=True)  # (B, T)
+        index = ((start[:, None] + torch.arange(T)) % self.length * N + env[:, None]).to(self.device, non_blocking=True)
         batch = {key: ring.flatten(0, 1)[index] for key, ring in self.data.items()}
         batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
         return {**batch, "index": index}
@@ -1085,7 +1059,6 @@ class Replay:
 # --- environments -----------------------------------------------------------------------------------------------------
 
 
-# SHARED(planet, dreamerv2, dreamerv3): DMControl
 class DMControl(gym.Env):
     """dm_control/<domain>-<task>-v0. Episodes end by time limit (discount still 1): truncated, not terminated."""
 
@@ -1129,8 +1102,6 @@ class DMControl(gym.Env):
         return self.env.physics.render(self.size, self.size, camera_id=self.camera)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): adapt
-# DIFFERS(merlin): adapt
 def adapt(env, args, repeat):
     """One environment -> Dict of uint8 images (H, W, C) and flat float32 vectors; Box actions clipped to [-1, 1]."""
     space, action = env.observation_space, env.action_space
@@ -1158,8 +1129,6 @@ def adapt(env, args, repeat):
     return gym.wrappers.TransformObservation(env, as_dict, space)
 
 
-# SHARED(planet, dreamerv3, merlin): atari_envs
-# DIFFERS(dreamerv2): atari_envs
 def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
     small = args.atari_protocol == "100k"
@@ -1174,8 +1143,6 @@ def atari_envs(env_id, num_envs, args, **kwargs):
     return gym.wrappers.vector.TransformObservation(envs, as_dict, batched, single)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): make_envs
-# DIFFERS(merlin): make_envs
 def make_envs(env_id, num_envs, seed, args, render=False):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
     family = env_id.split("/")[0]
@@ -1211,7 +1178,6 @@ def make_envs(env_id, num_envs, seed, args, render=False):
     return envs
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): start_row
 def start_row(envs, seed):
     """Reset all environments -> their first rows."""
     obs, _ = envs.reset(seed=seed)
@@ -1219,7 +1185,6 @@ def start_row(envs, seed):
     return {**obs, "reward": np.float32(no), "is_first": yes, "is_last": no, "is_terminal": no}
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): next_row
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
     obs, reward, terminated, truncated, _ = envs.step(action)
@@ -1230,7 +1195,6 @@ def next_row(envs, action, row):
 # --- pictures, checkpoints, evaluation --------------------------------------------------------------------------------
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): save_gif
 def save_gif(path, frames, writer=None, step=0):
     """uint8 (T, H, W, 3) -> animated GIF on disk and in TensorBoard, whose own add_video would need moviepy."""
     from PIL import Image
@@ -1246,7 +1210,6 @@ def save_gif(path, frames, writer=None, step=0):
         writer._get_file_writer().add_summary(Summary(value=[value]), step)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): picture
 def picture(obs):
     """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the vectors as gray cells."""
     images = [obs[key] for key in sorted(obs) if obs[key].dim() == 5]
@@ -1257,7 +1220,6 @@ def picture(obs):
     return cells.repeat_interleave(16, -1)[..., None, :, None].expand(-1, -1, 32, -1, 3)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): film
 def film(video, seen):
     """(B, T, H, W, 3) -> uint8 (T, 6 + H, B * W, 3): side by side; a bar above is green for seen frames, then red."""
     B, T, _, W, _ = video.shape
@@ -1266,7 +1228,6 @@ def film(video, seen):
     return torch.cat([bar, video], 2).permute(1, 2, 0, 3, 4).flatten(2, 3).to(torch.uint8).cpu().numpy()
 
 
-# DIFFERS(planet, dreamerv2): open_loop
 @torch.no_grad()
 def open_loop(agent, batch):
     """What the model knows: up to six windows side by side, with truth, model and error from top to bottom. It observes
@@ -1286,7 +1247,6 @@ def open_loop(agent, batch):
     return film(torch.cat([truth, model, (model - truth + 255) / 2], 2), seen)
 
 
-# DIFFERS(planet, dreamerv2): dream
 @torch.no_grad()
 def dream(agent, args, steps=64):
     """Four dreams of the policy, each after one real observation. -> uint8 (1 + steps, H, W, 3)."""
@@ -1299,7 +1259,6 @@ def dream(agent, args, steps=64):
         return film(picture(agent.decoder(feat)), seen=1)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): frame
 def frame(envs, row, agent):
     """The first environment as it renders itself, where it can, else as the agent sees it. -> uint8 (H, W, 3)."""
     try:
@@ -1309,8 +1268,6 @@ def frame(envs, row, agent):
         return seen[0, 0].to(torch.uint8).numpy()
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): evaluate
-# DIFFERS(gumbel_softmax): evaluate
 def evaluate(agent, args, episodes, video=None):
     """Play whole episodes without exploration noise; the random state of training is left as it was.
 
@@ -1336,7 +1293,6 @@ def evaluate(agent, args, episodes, video=None):
     return [score for mine, share in zip(scores, wanted, strict=True) for score in mine[:share]]
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): save
 def save(path, **state):
     """Atomic: either the whole new file stands under its name, or still the old one, and nothing beside it."""
     temporary = Path(path).with_suffix(".tmp")
@@ -1350,7 +1306,6 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): load
 def load(path, device, need=()):
     """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
@@ -1363,8 +1318,6 @@ def load(path, device, need=()):
         fail(f"{path}: cannot be read ({type(error).__name__}: {text}); allowed: a checkpoint.pt")
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): merge
-# DIFFERS(gumbel_softmax): merge
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
 
@@ -1381,8 +1334,6 @@ def merge(args, path, saved, free):
     return replace(Args(**saved), **{name: value for name, value in asked.items() if name in free})
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): restore_weights
-# DIFFERS(gumbel_softmax): restore_weights
 def restore_weights(agent, state, path):
     """Load a state_dict, or stop with one line where shapes differ."""
     try:
@@ -1392,8 +1343,6 @@ def restore_weights(agent, state, path):
         fail(f"{path}: made for other observations or actions ({line}); allowed: its own environment and version")
 
 
-# SHARED(planet, dreamerv2, dreamerv3): load_agent
-# DIFFERS(merlin, gumbel_softmax): load_agent
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     state = load(path, "cpu", need=("args", "agent"))
@@ -1406,8 +1355,6 @@ def load_agent(path, args=None):
     return agent, args
 
 
-# SHARED(planet, dreamerv2, dreamerv3): show
-# DIFFERS(merlin, gumbel_softmax): show
 def show(args):
     """--eval and --dream: print the returns, leave a GIF beside the checkpoint."""
     path = Path(args.eval or args.dream)
@@ -1427,7 +1374,6 @@ def show(args):
 # === Part 3: training =================================================================================================
 
 
-# DIFFERS(planet, dreamerv2, merlin): describe
 def describe(args, agent, replay, run_dir, needed):
     """Say what is about to run, before it takes hours. needed: rows at the first update."""
     gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
@@ -1444,7 +1390,6 @@ def describe(args, agent, replay, run_dir, needed):
     print(f"length    {steps}{late}", flush=True)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): open_writer
 def open_writer(args, run_dir, step):
     """TensorBoard, mirrored to Weights & Biases with --track."""
     from torch.utils.tensorboard import SummaryWriter
@@ -1460,7 +1405,6 @@ def open_writer(args, run_dir, step):
     return writer
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): finite
 def finite(stats):
     """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
     update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
@@ -1472,8 +1416,6 @@ def finite(stats):
     return values
 
 
-# SHARED(planet, dreamerv2, dreamerv3): record
-# DIFFERS(merlin): record
 def record(writer, args, now, stats, spent, since, replay):
     """One progress line, and the scalars for TensorBoard. spent: seconds by part; since: time and step of last call.
 
@@ -1492,8 +1434,6 @@ def record(writer, args, now, stats, spent, since, replay):
         writer.add_scalar(key, value, now["step"])
 
 
-# SHARED(planet, dreamerv2, dreamerv3): checkpoint
-# DIFFERS(merlin): checkpoint
 def checkpoint(args, run_dir, agent, replay, now, writer):
     """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint and the files it names."""
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
@@ -1505,8 +1445,6 @@ def checkpoint(args, run_dir, agent, replay, now, writer):
     writer.flush()
 
 
-# SHARED(planet, dreamerv2, dreamerv3): restore
-# DIFFERS(merlin): restore
 def restore(saved, args, agent, replay, run_dir):
     """Bring agent, replay and random state to where the checkpoint was taken. -> now.
 
@@ -1521,12 +1459,8 @@ def restore(saved, args, agent, replay, run_dir):
     return {**saved["now"], "returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
 
 
-# DIFFERS(planet, dreamerv2, merlin, gumbel_softmax): learn
 def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
-    """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics.
-
-    row, state: the rows of all environments and the state of the agent before them; now: see train, kept up to date.
-    """
+    """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics."""
     rows, per_update = args.batch_length + Agent.context, args.batch_size * args.batch_length / args.train_ratio
     stats, since, spent = {}, (time.time(), now["step"]), {"act": 0.0, "train": 0.0, "env": 0.0}
 
@@ -1570,7 +1504,6 @@ def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     return finite(stats)
 
 
-# DIFFERS(planet, dreamerv2, merlin, gumbel_softmax): train
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
     modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]

@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch==2.13.0", "numpy", "gymnasium>=1.3", "ale-py", "tyro", "tensorboard",
+#   "torch==2.13.0", "numpy", "gymnasium>=1.3", "tyro", "tensorboard",
 # ]
 # ///
 """MERLIN: a memory whose contents are learned by prediction, read by a policy that cannot write. With its baselines.
@@ -16,9 +16,6 @@ is that of the paper, "lecture" the course NPFL139, whose memory game this file 
     python merlin.py --env-id minigrid:MiniGrid-MemoryS11-v0       any other id with Discrete actions; images: 64 x 64
     python merlin.py --resume runs/...                    go on where the last checkpoint stands
     python merlin.py --eval runs/.../checkpoint.pt        play 10 episodes, print the returns, save eval.gif
-    python merlin.py --analyse runs/.../checkpoint.pt     which row is read when, and what is predicted: analysis.png
-
-Analysis of the paper: --no-return-grad, --alpha-obs 0 --alpha-image 0, --retroactive none, --no-prior.
 
 From Python:
     import merlin
@@ -57,7 +54,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import gymnasium as gym
@@ -71,20 +67,18 @@ from torch import nn
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # goes into every checkpoint: the code that really ran
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3, gumbel_softmax): Args
 @dataclass
 class Args:
     env_id: str = "MemoryGame-6-v0"  # MemoryGame-<cards>-v0, or any id (module:Id too) with Discrete actions
     env_kwargs: str = "{}"  # arguments for the environment, as JSON
     agent: Literal["merlin", "rl_mem", "rl_lstm"] = "merlin"  # the baselines learn by reinforcement alone
     num_envs: int | None = None  # environments stepped together; by --size
-    action_repeat: int | None = None  # frames per policy step; Atari 4, else 1
-    atari_protocol: Literal["100k", "200m"] = "100k"  # 64x64 RGB, minimal actions; 200m: 96x96, which merlin refuses
+    action_repeat: int = 1  # frames per policy step
     seed: int = 1  # of weights, sampling and environments
     size: Literal["debug", "small", "paper"] = "small"  # networks, window and rates; small: the memory game on a CPU
     total_timesteps: int | None = None  # steps of all environments together; small 500_000
     window: int | None = None  # T, steps through which gradients flow; small: 2 a card of the memory game; paper 20
-    checkpoint_every: int | None = None  # steps between checkpoints, which begin new episodes; 100_000
+    checkpoint_every: int | None = None  # steps between checkpoints; 100_000
     log_every: float = 10.0  # seconds between progress lines and between records of scalars
     gamma: float | None = None  # discount, of rewards and of the retroactive memory; paper 0.96
     lam: float | None = None  # lambda of the advantages; paper 0.9
@@ -99,9 +93,6 @@ class Args:
     alpha_action: float = 50.0  # of the previous action
     alpha_reward: float = 50.0  # of the previous reward
     alpha_return: float = 1.0  # of value and advantage; with 20 symbols are forgotten for it
-    retroactive: Literal["paper", "lecture", "none"] = "paper"  # second half of rows: what came after | from the row on
-    prior: bool = True  # learned from the past; without: standard normal
-    return_grad: bool = True  # return prediction shapes the latents
     stoch: int | None = None  # Z; by --size, as the six below: paper 200
     hidden: int | None = None  # U; paper 256
     units: int | None = None  # of the hidden layers of policy, value and decoder; paper 200
@@ -117,7 +108,6 @@ class Args:
     resume: str | None = None  # run folder or checkpoint to go on from
     eval: str | None = None  # run folder or checkpoint to evaluate
     eval_episodes: int = 10  # episodes of --eval
-    analyse: str | None = None  # run folder or checkpoint to draw analysis.png of (needs matplotlib)
     track: bool = False  # mirror TensorBoard to Weights & Biases (pip install wandb; WANDB_PROJECT, WANDB_ENTITY)
 
 
@@ -129,45 +119,36 @@ SMALL |= dict(learning_rate=3e-3, policy_learning_rate=1e-3, stoch=16, hidden=64
 DEBUG = {**SMALL, "total_timesteps": 2_000, "num_envs": 8, "window": 8, "checkpoint_every": 1_000, "rows": 10}
 DEBUG |= dict(stoch=4, hidden=8, units=8, depth=4, keys=2)
 SIZES = {"debug": DEBUG, "small": SMALL, "paper": PAPER}
+ALPHAS = [field.name for field in fields(Args) if field.name.startswith("alpha_")]
+FOREIGN = {"merlin": ["value_scale"], "rl_mem": ["learning_rate", "predictor_clip", *ALPHAS]}  # of no use to an agent
+FOREIGN["rl_lstm"] = [*FOREIGN["rl_mem"], "rows", "keys", "stoch"]
 OF_A_CALL = ("device", "track")  # flags that a checkpoint does not hand on
-SIDES = (64,)  # of images: the decoder ends at 64
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3, gumbel_softmax): resolve
 def resolve(args: Args) -> Args:
-    """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
-
-    Stops with exit code 2 where flags are impossible or contradict each other.
+    """Fill what was left open (None) from the preset of --size; an explicit flag wins. Stops with exit code 2 where
+    flags are impossible or contradict each other.
     """
     game = re.fullmatch(r"MemoryGame-([1-9]\d*)-v0", args.env_id)
     if game and '"cards"' in args.env_kwargs:
         fail(f"--env-kwargs {args.env_kwargs}: allowed: cards in --env-id, as in MemoryGame-{game[1]}-v0")
-    whole = {"window": 2 * int(game[1]), "rows": 2 * int(game[1]) + 2} if game and args.size == "small" else {}
-    preset = {**PAPER, **SIZES[args.size], **whole}
-    foreign = ["value_scale"] if args.agent == "merlin" else ["learning_rate", "predictor_clip", "prior", "return_grad"]
-    foreign += [x.name for x in fields(Args) if x.name.startswith("alpha_") and args.agent != "merlin"]
-    foreign += ["retroactive", "rows", "keys", "stoch"] if args.agent == "rl_lstm" else []
-    for name in foreign:
+    preset = {**PAPER, **SIZES[args.size]}
+    if game and args.size == "small":  # a whole episode
+        preset |= {"window": 2 * int(game[1]), "rows": 2 * int(game[1]) + 2}
+    for name in FOREIGN[args.agent]:
         if getattr(args, name) not in (getattr(Args, name), preset.get(name)):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: is of no use with --agent {args.agent}")
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
-    atari = args.env_id.startswith("ALE/")
-    args = replace(args, action_repeat=(4 if atari else 1) if args.action_repeat is None else args.action_repeat)
-    positive = ["num_envs", "action_repeat", "total_timesteps", "window", "checkpoint_every", "eval_episodes", "stoch"]
-    positive += ["learning_rate", "policy_learning_rate"]
-    for name in [*positive, "hidden", "units", "depth", "keys", "rows", "clip", "predictor_clip"]:
-        if getattr(args, name) <= 0:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than 0")
-    for name in [x.name for x in fields(Args) if x.name.startswith("alpha_")] + ["entropy_scale", "value_scale"]:
-        if getattr(args, name) < 0:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: 0 or more")
-    for name in ("gamma", "lam"):
-        if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name} {getattr(args, name)}: allowed: 0 to 1")
-    if args.atari_protocol != Args.atari_protocol and not atari:
-        fail(f"--atari-protocol {args.atari_protocol}: allowed: with --env-id ALE/... only")
-    if args.analyse and not importlib.util.find_spec("matplotlib"):
-        fail("--analyse: matplotlib is missing; allowed after: pip install matplotlib")
+    for name, value in asdict(args).items():
+        if isinstance(value, str | bool | None) or name in ("seed", "log_every"):
+            continue
+        fits, allowed = value > 0, "more than 0"
+        if name in ("gamma", "lam"):
+            fits, allowed = 0 <= value <= 1, "0 to 1"
+        if name in (*ALPHAS, "entropy_scale", "value_scale"):
+            fits, allowed = value >= 0, "0 or more"
+        if not fits:
+            fail(f"--{name.replace('_', '-')} {value}: allowed: {allowed}")
     if args.track and not importlib.util.find_spec("wandb"):
         fail("--track: Weights & Biases is missing; allowed after: pip install wandb")
     return args
@@ -176,14 +157,11 @@ def resolve(args: Args) -> Args:
 # === Part 1: the algorithm ============================================================================================
 
 
-# SHARED(planet, merlin): kl_gaussian
 def kl_gaussian(mean, std, mean2, std2):
     """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
     return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)
 
 
-# SHARED(dreamerv2, dreamerv3, merlin): sample_onehot
-# DIFFERS(gumbel_softmax): sample_onehot
 def sample_onehot(probs, noise=None):
     """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
 
@@ -192,6 +170,16 @@ def sample_onehot(probs, noise=None):
     noise = torch.rand_like(probs).log_().neg_() if noise is None else noise
     index = (probs.detach() / noise).argmax(-1, keepdim=True)
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
+
+
+def onehot(index, count):
+    """Integers (...) -> one-hot (..., count); F.one_hot would wait for the device."""
+    return (index[..., None] == torch.arange(count, device=index.device)).float()
+
+
+def memory_shapes(R, W):
+    """What a memory is made of; all zero before the first write. count: rows written so far."""
+    return {"memory": (R, W), "retro": (R,), "last": (R,), "usage": (R,), "age": (R,), "count": ()}
 
 
 def read(memory, keys, strengths):
@@ -205,45 +193,33 @@ def read(memory, keys, strengths):
     return weights @ memory, weights
 
 
-def write_weights(count, usage):
-    """Where to write: row number `count` while there are fresh ones, then the one of least usage, which is erased.
-
-    count: (N,) rows written so far; usage: (N, R) -> one-hot (N, R), reused (N, 1).
-    """
-    N, R = usage.shape
-    index = torch.where(count < R, count, usage.argmin(1))  # (N)
-    chosen = (index[:, None] == torch.arange(R, device=usage.device)).to(usage.dtype)  # (N, R)
-    return chosen, (count >= R).to(usage.dtype)[:, None]
-
-
-def write(memory, state, content, read_weights, gamma, retroactive):
+def write(state, content, read_weights, gamma):
     """Store content in the first half of one row, and add it to the second halves of the rows written before, fading:
     row i ends as [z_i, (1 - gamma) sum over t > i of gamma^(t-i-1) z_t], a summary of what came after it.
 
-    v_ret <- gamma v_ret + (1 - gamma) v_wr of the step before;  M <- M + v_wr [z, 0]^T + v_ret [0, z]^T
+        v_ret <- gamma v_ret + (1 - gamma) v_wr of the step before;  M <- M + v_wr [z, 0]^T + v_ret [0, z]^T
 
-    The lecture's order takes v_wr of this step, so that the sum begins with z_i itself. memory: (N, R, W); state:
-    {"retro", "last", "usage", "age": (N, R), "count": (N,)}; content: (N, Z); read_weights: (N, K, R), summed as usage.
-    The row taken is that read least per step since it was written: by the plain sum it would be the newest, always.
-    -> memory, state. Memory is overwritten in place where no gradient is asked for.
+    In the order of the lecture, v_wr is that of this step, and the sum begins with z_i itself. state: memory_shapes;
+    content: (N, Z); read_weights: (N, K, R), summed as usage -> new state. Without gradients memory is overwritten.
     """
+    R = state["memory"].shape[1]
     usage, age = state["usage"] + read_weights.detach().sum(1), state["age"] + 1  # (N, R) each
-    chosen, reused = write_weights(state["count"], usage / age)
-    kept = 1 - chosen * reused  # (N, R)
-    retro = state["retro"]
-    if retroactive == "paper":
-        retro = (gamma * retro + (1 - gamma) * state["last"]) * kept  # (N, R)
-    elif retroactive == "lecture":
-        retro = gamma * retro * kept + (1 - gamma) * chosen  # (N, R)
-    row, columns = content[:, None], (chosen[..., None], retro[..., None])  # (N, 1, Z), two of (N, R, 1)
+    free = state["count"]  # (N): room left: the next free row
+    least = (usage / age).argmin(1)  # (N): full: the row read least per step gives way; by the sum it were the newest
+    chosen = onehot(torch.where(free < R, free, least), R)  # (N, R)
+    kept = 1 - chosen  # (N, R): the chosen row is emptied; a free one is empty
+    retro = (gamma * state["retro"] + (1 - gamma) * state["last"]) * kept  # (N, R)
+    z = content[:, None]  # (N, 1, Z)
+    first, second = chosen[..., None], retro[..., None]  # (N, R, 1) each
     if torch.is_grad_enabled():  # products by element: those of matrices are rounded on a GPU (TF32)
-        added = torch.cat([column * row for column in columns], -1)  # (N, R, W)
-        memory = torch.addcmul(added, memory, kept[..., None])  # (N, R, W)
+        added = torch.cat([first * z, second * z], -1)  # (N, R, W)
+        memory = torch.addcmul(added, state["memory"], kept[..., None])  # (N, R, W)
     else:
-        for half, column in zip(memory.mul_(kept[..., None]).chunk(2, -1), columns, strict=True):
-            half.addcmul_(column, row)
-    usage, age = usage * (1 - chosen), age * (1 - chosen)  # (N, R)
-    return memory, {"retro": retro, "last": chosen, "usage": usage, "age": age, "count": state["count"] + 1}
+        memory = state["memory"].mul_(kept[..., None])
+        memory.chunk(2, -1)[0].addcmul_(first, z)
+        memory.chunk(2, -1)[1].addcmul_(second, z)
+    new = {"memory": memory, "count": free + 1, "retro": retro, "last": chosen}
+    return {**new, "usage": usage * kept, "age": age * kept}
 
 
 def advantages(reward, value, is_last, is_terminal, gamma, lam):
@@ -261,17 +237,11 @@ def advantages(reward, value, is_last, is_terminal, gamma, lam):
 
 
 def window_returns(reward, value, is_last, is_terminal, gamma):
-    """R_t: rewards to the end of the episode or of the window, there bootstrapped by the value. Terminal rows: 0.
-
-    All (N, T+1) -> (N, T). It is advantages with lam = 1, plus the value.
+    """R_t: rewards to the end of the episode or of the window, there bootstrapped by the value. Terminal rows: 0. It is
+    advantages with lam = 1, plus the value. All (N, T+1) -> (N, T).
     """
     value = value * (1 - is_terminal.float())  # (N, T+1)
     return value[:, :-1] + advantages(reward, value, is_last, is_terminal, gamma, 1.0)
-
-
-def bounded(log_std):
-    """-6 to 3: deviations that neither vanish nor explode."""
-    return log_std.clamp(-6, 3)
 
 
 def policy_loss(logp, entropy, advantage, entropy_scale):
@@ -282,24 +252,19 @@ def policy_loss(logp, entropy, advantage, entropy_scale):
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3): is_image
 def is_image(space):
     """uint8 of rank 3 goes to the convolutions, but for symbols on a small grid; all else is numbers."""
     bytes3 = isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
     return bytes3 and min(space.shape[:2]) > 16
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3): mlp
 def mlp(inputs, units, outputs, layers=1):
     """layers x (Linear, tanh), and a linear output."""
-    sizes = [inputs] + layers * [units]
-    parts = [module for a, b in zip(sizes, sizes[1:], strict=False) for module in (nn.Linear(a, b), nn.Tanh())]
-    return nn.Sequential(*parts, nn.Linear(sizes[-1], outputs))
-
-
-def onehots(x, counts):
-    """Integers (..., parts) -> a one-hot vector (..., count) for each part; F.one_hot would wait for the device."""
-    return [(x[..., i, None] == torch.arange(count, device=x.device)).float() for i, count in enumerate(counts)]
+    parts = []
+    for _ in range(layers):
+        parts += [nn.Linear(inputs, units), nn.Tanh()]
+        inputs = units
+    return nn.Sequential(*parts, nn.Linear(inputs, outputs))
 
 
 class Bottleneck(nn.Module):
@@ -312,41 +277,42 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs, channels, stride):
         super().__init__()
         scale = nn.Upsample(scale_factor=2) if stride < 0 else nn.Identity()
-        one, half = lambda: nn.Conv2d(inputs, channels, 1, max(stride, 1)), channels // 2
-        inner = [one(), nn.ReLU(), nn.Conv2d(channels, half, 3, padding=1), nn.ReLU(), nn.Conv2d(half, channels, 1)]
-        self.inner, self.short = nn.Sequential(scale, *inner), nn.Sequential(scale, one())
-        for conv in (module for module in self.modules() if isinstance(module, nn.Conv2d)):
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu"), nn.init.zeros_(conv.bias)
+        one = lambda: nn.Conv2d(inputs, channels, 1, max(stride, 1))
+        inner = [one(), nn.ReLU(), nn.Conv2d(channels, channels // 2, 3, padding=1), nn.ReLU()]
+        self.inner = nn.Sequential(scale, *inner, nn.Conv2d(channels // 2, channels, 1))
+        self.short = nn.Sequential(scale, one())
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
 
     def forward(self, x):
         return F.relu(self.inner(x) + self.short(x))
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3): Encoder
 class Encoder(nn.Module):
-    """Observations, previous action and reward -> embedding. Images: 6 residual blocks, 64 to 8 pixels; the rest as is.
-
-    Integers (Discrete, MultiDiscrete) become one-hot vectors.
-    """
+    """Observations, previous action and reward -> embedding. Images: 6 residual blocks; integers: one-hot vectors."""
 
     def __init__(self, obs_space, action_size, args):
         super().__init__()
+        self.shapes = {key: space.shape for key, space in obs_space.items()}
         self.images = sorted(key for key, space in obs_space.items() if is_image(space))
         self.numbers = {key: x.nvec.tolist() for key, x in obs_space.items() if isinstance(x, spaces.MultiDiscrete)}
         self.vectors = sorted(key for key in obs_space if key not in self.images and key not in self.numbers)
-        self.size = action_size + 1 + sum(sum(counts) for counts in self.numbers.values())  # E
-        self.size += sum(obs_space[key].shape[0] for key in self.vectors)
+        self.channels = sum(self.shapes[key][-1] for key in self.images)
+        self.widths = {key: sum(counts) for key, counts in self.numbers.items()}
+        self.widths |= {key: self.shapes[key][0] for key in self.vectors}
+        self.size = action_size + 1 + sum(self.widths.values()) + (500 if self.images else 0)  # E
         if self.images:
-            channels, C = sum(obs_space[key].shape[-1] for key in self.images), args.depth
-            blocks = [Bottleneck(channels if i == 0 else C, C, stride) for i, stride in enumerate((2, 1, 2, 1, 2, 1))]
+            C = args.depth
+            blocks = [Bottleneck(self.channels, C, 2)] + [Bottleneck(C, C, stride) for stride in (1, 2, 1, 2, 1)]
             self.image_net = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(64 * C, 500), nn.LayerNorm(500), nn.Tanh())
-            self.size += 500
 
     def forward(self, obs, action, reward):
         """{key: (N, ...)}, (N, A), (N,) -> (N, E)."""
         parts = [action, reward[..., None]]
         for key in sorted(self.numbers):
-            parts += onehots(obs[key], self.numbers[key])
+            parts += [onehot(obs[key][..., i], count) for i, count in enumerate(self.numbers[key])]
         parts += [obs[key].float() for key in self.vectors]
         if self.images:
             image = torch.cat([obs[key] for key in self.images], -1)
@@ -355,24 +321,21 @@ class Encoder(nn.Module):
         return torch.cat(parts, -1)
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3): Decoder
 class Decoder(nn.Module):
     """Latents -> what was seen: images, logits of integers, vectors, and the previous action and reward."""
 
-    def __init__(self, obs_space, encoder, action_size, args):
+    def __init__(self, encoder, action_size, args):
         super().__init__()
-        self.shapes = {key: space.shape for key, space in obs_space.items()}
-        self.images, self.numbers, self.vectors = encoder.images, encoder.numbers, encoder.vectors
-        outputs = {key: sum(counts) for key, counts in encoder.numbers.items()}
-        outputs |= {key: self.shapes[key][0] for key in encoder.vectors}
+        self.shapes, self.images = encoder.shapes, encoder.images
+        self.numbers, self.vectors = encoder.numbers, encoder.vectors
         self.trunk = nn.Sequential(nn.Linear(args.stoch, args.units), nn.Tanh())
-        self.heads = nn.ModuleDict({key: nn.Linear(args.units, size) for key, size in outputs.items()})
+        self.heads = nn.ModuleDict({key: nn.Linear(args.units, width) for key, width in encoder.widths.items()})
         self.action, self.reward = nn.Linear(args.units, action_size), nn.Linear(args.units, 1)
         if self.images:
-            C, channels = args.depth, sum(self.shapes[key][-1] for key in self.images)
+            C = args.depth
             dense = [nn.Linear(args.stoch, 500), nn.ReLU(), nn.Linear(500, 64 * C), nn.ReLU()]
             blocks = [Bottleneck(C, C, stride) for stride in (1, -2, 1, -2, 1, -2)]
-            image = [nn.Conv2d(C, channels, 1), nn.Sigmoid()]
+            image = [nn.Conv2d(C, encoder.channels, 1), nn.Sigmoid()]
             self.image_net = nn.Sequential(*dense, nn.Unflatten(1, (C, 8, 8)), *blocks, *image)
 
     def forward(self, z):
@@ -396,8 +359,8 @@ class Decoder(nn.Module):
             losses["image"] = sum(errors) / 2
         parts = [(out[key] - obs[key]).square().sum(-1) / 2 for key in self.vectors]
         for key, counts in self.numbers.items():
-            pairs = zip(out[key].split(counts, -1), onehots(obs[key], counts), strict=True)
-            parts += [-(logits.log_softmax(-1) * onehot).sum(-1) for logits, onehot in pairs]
+            for i, logits in enumerate(out[key].split(counts, -1)):
+                parts.append(-(logits.log_softmax(-1) * onehot(obs[key][..., i], counts[i])).sum(-1))
         return {**losses, "obs": sum(parts)} if parts else losses
 
 
@@ -410,12 +373,13 @@ class DeepLSTM(nn.Module):
 
     def forward(self, x, h, c):
         """(N, inputs), (N, L, U), (N, L, U) -> h, c."""
-        new = []
+        hs, cs = [], []
         for i, cell in enumerate(self.cells):
-            below = [new[-1][0]] if i else []
-            new.append(cell(torch.cat([x, *below], -1), (h[:, i], c[:, i])))
-        h, c = (torch.stack(parts, 1) for parts in zip(*new, strict=True))
-        return h, c
+            below = hs[-1:]  # of the first layer: none
+            new_h, new_c = cell(torch.cat([x, *below], -1), (h[:, i], c[:, i]))
+            hs.append(new_h)
+            cs.append(new_c)
+        return torch.stack(hs, 1), torch.stack(cs, 1)
 
 
 class Keys(nn.Module):
@@ -430,7 +394,6 @@ class Keys(nn.Module):
         return x[..., :-1], F.softplus(x[..., -1])
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): Captured
 class Captured:
     """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
 
@@ -475,9 +438,8 @@ def state_of(inputs):
     return {key.removeprefix("state/"): x for key, x in inputs.items() if key.startswith("state/")}
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3, gumbel_softmax): Agent
 class Agent(nn.Module):
-    """Predictor and policy of MERLIN; or a baseline: a policy with an encoder and, as RL-MEM, a memory of its own.
+    """MERLIN: a predictor, which fills the memory, and a policy, which only reads it. Its baselines: see RLAgent.
 
     obs_space: Dict of uint8 images (H, W, C), integers (MultiDiscrete) and float32 vectors; action_space: Discrete.
     """
@@ -485,118 +447,86 @@ class Agent(nn.Module):
     def __init__(self, obs_space, action_space, args):
         super().__init__()
         self.args, self.action_space, self.device = args, action_space, pick_device(args)
-        self.merlin, self.remembers = args.agent == "merlin", args.agent != "rl_lstm"
         self.actions = int(action_space.n)  # A
-        A, Z, U, W, K = self.actions, args.stoch, 2 * args.hidden, 2 * args.stoch, args.keys  # U: of all layers
-        encoder = Encoder(obs_space, A, args)
-        E = encoder.size
-        if self.merlin:
-            self.encoder, self.decoder = encoder, Decoder(obs_space, encoder, A, args)
-            self.prior = mlp(U + K * W, W, W, layers=2)
-            self.posterior = mlp(E + U + K * W + W, W, W, layers=2)
-            self.lstm, self.keys = DeepLSTM(Z + A + K * W, args.hidden), Keys(U, K, W)
-            self.value, self.advantage = mlp(Z + A, args.units, 1), mlp(Z + A, 50, 1)
-            nn.init.zeros_(self.posterior[-1].weight), nn.init.zeros_(self.posterior[-1].bias)  # begins as the prior
-            model = list(self.parameters())
-            self.policy_lstm, self.policy_keys = DeepLSTM(Z + W, args.hidden), Keys(U, 1, W)
-            self.policy = mlp(Z + U + W, args.units, A)
-        else:
-            model, reads = [], K * W if self.remembers else 0
-            self.encoder = encoder
-            self.decoder = SimpleNamespace(shapes={key: x.shape for key, x in obs_space.items()}, images=encoder.images)
-            self.policy_lstm = DeepLSTM(E + reads, args.hidden)
-            self.policy, self.value = mlp(E + U, args.units, A), mlp(E + U, args.units, 1)
-            if self.remembers:
-                self.policy_keys, self.content = Keys(U, K, W), nn.Linear(U, Z)
+        self.encoder = Encoder(obs_space, self.actions, args)
+        groups = self.networks(self.actions, self.encoder.size, args.stoch, args.hidden, 2 * args.stoch, args.keys)
         self.to(self.device)
-        taken = {id(p) for p in model}
         self.params = list(self.parameters())
-        policy = [p for p in self.params if id(p) not in taken]
-        groups = [{"params": policy, "lr": args.policy_learning_rate}]
-        groups += [{"params": model, "lr": args.learning_rate}] if model else []
-        graphs = args.cuda_graph and self.device.type == "cuda"
-        self.optimizer = torch.optim.Adam(groups, foreach=True, capturable=self.device.type == "cuda")
-        self.captured_step, self.captured_act = Captured(self.step, graphs), Captured(self.act_step, graphs)
+        cuda = self.device.type == "cuda"
+        self.optimizer = torch.optim.Adam(groups, foreach=True, capturable=cuda)
+        graphs = args.cuda_graph and cuda
+        self.update, self.captured_act = Captured(self.step, graphs), Captured(self.act_step, graphs)
+
+    def networks(self, A, E, Z, U, W, K):
+        """Make them; self.carried: shapes of the state; self.scales: of losses. -> groups for the optimiser."""
+        args = self.args
+        self.carried = {"action": (A,), "read": (K, W), "policy_read": (1, W), **memory_shapes(args.rows, W)}
+        self.carried |= dict.fromkeys(("h", "c", "policy_h", "policy_c"), (2, U))
+        self.decoder = Decoder(self.encoder, A, args)
+        self.prior = mlp(2 * U + K * W, W, W, layers=2)
+        self.posterior = mlp(E + 2 * U + K * W + W, W, W, layers=2)
+        self.lstm, self.keys = DeepLSTM(Z + A + K * W, U), Keys(2 * U, K, W)
+        self.value, self.advantage = mlp(Z + A, args.units, 1), mlp(Z + A, 50, 1)
+        nn.init.zeros_(self.posterior[-1].weight)  # begins as the prior
+        nn.init.zeros_(self.posterior[-1].bias)
+        predictor = list(self.parameters())
+        self.policy_lstm, self.policy_keys = DeepLSTM(Z + W, U), Keys(2 * U, 1, W)
+        self.policy = mlp(Z + 2 * U + W, args.units, A)
+        policy = list(nn.ModuleList([self.policy_lstm, self.policy_keys, self.policy]).parameters())
+        # all in one sum: no gradient passes between policy and predictor
+        self.scales = {"policy": 1.0, "kl": 1.0, "value": args.alpha_return, "advantage": args.alpha_return}
+        self.scales |= {"image": args.alpha_image, "obs": args.alpha_obs}
+        self.scales |= {"action": args.alpha_action, "reward": args.alpha_reward}
+        group = dict(params=policy, lr=args.policy_learning_rate, clip=args.clip, name="policy")
+        return [group, dict(params=predictor, lr=args.learning_rate, clip=args.predictor_clip, name="predictor")]
 
     def initial(self, B):
-        """State of B environments before their first observation: zeros. memory (B, R, W), last reads, LSTM states."""
-        args, zeros = self.args, lambda *shape: torch.zeros(B, *shape, device=self.device)
-        R, W, L, U, K = args.rows, 2 * args.stoch, 2, args.hidden, args.keys
-        state = {"action": zeros(self.actions), "policy_h": zeros(L, U), "policy_c": zeros(L, U)}
-        if self.remembers:
-            state |= {key: zeros(R) for key in ("retro", "last", "usage", "age")}
-            state |= {"memory": zeros(R, W), "count": zeros().long(), "policy_read": zeros(1 if self.merlin else K, W)}
-        if self.merlin:
-            state |= {"h": zeros(L, U), "c": zeros(L, U), "read": zeros(K, W)}
-        return state
+        """State of B environments before their first observation: zeros."""
+        return {key: torch.zeros(B, *shape, device=self.device) for key, shape in self.carried.items()}
+
+    def gaussian(self, params):
+        """(..., W) -> mean, deviation (..., Z). Deviations neither vanish nor explode."""
+        mean, log_std = params.chunk(2, -1)
+        return mean, log_std.clamp(-6, 3).exp()
+
+    def tick(self, embed, state, noise, choose):
+        """One step in time, Algorithm 1. embed: (N, E); noise: (N, Z) ~ N(0, 1); choose: logits -> one-hot (N, A).
+
+        -> outputs {"logits": (N, A), "z": (N, Z), ...}, among them the weights of all reads; the next state.
+        """
+        past = torch.cat([state["h"].flatten(1), state["read"].flatten(1)], -1)
+        prior = self.prior(past).float()  # (N, W): mean and log of the deviation
+        post = prior + self.posterior(torch.cat([embed, past, prior], -1)).float()  # (N, W)
+        mean, std = self.gaussian(post)
+        z = mean + std * noise  # (N, Z)
+        seen = z.detach()  # the policy reads and does not shape
+        inputs = torch.cat([seen, state["policy_read"].flatten(1)], -1)
+        h, c = self.policy_lstm(inputs, state["policy_h"], state["policy_c"])
+        policy_read, policy_weights = read(state["memory"], *self.policy_keys(h))
+        logits = self.policy(torch.cat([seen, h.flatten(1), policy_read.flatten(1)], -1)).float()
+        action = choose(logits)
+        new = {"policy_h": h, "policy_c": c, "policy_read": policy_read, "action": action}
+        inputs = torch.cat([z, action, state["read"].flatten(1)], -1)
+        new["h"], new["c"] = self.lstm(inputs, state["h"], state["c"])
+        new["read"], weights = read(state["memory"], *self.keys(new["h"]))
+        new |= write(state, seen, weights, self.args.gamma)  # reads come before the write
+        outputs = dict(logits=logits, z=z, post=post, prior=prior, weights=weights, policy_weights=policy_weights)
+        return outputs, new
 
     def forget(self, state, is_first):
         """Zeros for the environments that begin an episode; bit by bit the same for all others."""
         shape = lambda x: is_first.view(-1, *[1] * (x.dim() - 1))
         return {key: x.masked_fill(shape(x), 0) for key, x in state.items()}
 
-    def store(self, state, content, weights):
-        """Write to memory, see write. -> the memory's part of the state."""
-        parts = {key: state[key] for key in ("retro", "last", "usage", "age", "count")}
-        memory, parts = write(state["memory"], parts, content, weights, self.args.gamma, self.args.retroactive)
-        return {"memory": memory, **parts}
-
-    def latents(self, embed, state, noise):
-        """Prior from the past, posterior = prior + residual, and a sample. embed: (N, E); noise: (N, Z).
-
-        -> z (N, Z); mean and log of the deviation of posterior and prior (N, W) each, W = 2*Z.
-        """
-        past = torch.cat([state["h"].flatten(1), state["read"].flatten(1)], -1)
-        prior = self.prior(past).float()  # (N, W)
-        prior = prior if self.args.prior else torch.zeros_like(prior)
-        post = prior + self.posterior(torch.cat([embed, past, prior], -1)).float()  # (N, W)
-        mean, std = self.gaussian(post)
-        return mean + std * noise, post, prior
-
-    def tick(self, embed, state, noise, choose):
-        """One step in time, Algorithm 1. embed: (N, E); noise: (N, Z) ~ N(0, 1); choose: logits -> one-hot (N, A).
-
-        -> outputs {"logits": (N, A), ...}, among them the weights of all reads; the next state.
-        """
-        if not self.merlin:
-            return self.baseline_tick(embed, state, choose)
-        z, post, prior = self.latents(embed, state, noise)
-        seen = z.detach()  # the policy reads and does not shape
-        h, c = self.policy_lstm(
-            torch.cat([seen, state["policy_read"].flatten(1)], -1), state["policy_h"], state["policy_c"]
-        )
-        policy_read, policy_weights = read(state["memory"], *self.policy_keys(h))
-        logits = self.policy(torch.cat([seen, h.flatten(1), policy_read.flatten(1)], -1)).float()
-        action = choose(logits)
-        new = {"policy_h": h, "policy_c": c, "policy_read": policy_read, "action": action}
-        new["h"], new["c"] = self.lstm(torch.cat([z, action, state["read"].flatten(1)], -1), state["h"], state["c"])
-        new["read"], weights = read(state["memory"], *self.keys(new["h"]))
-        new |= self.store(state, seen, weights)  # reads come before the write
-        outputs = dict(logits=logits, z=z, post=post, prior=prior, weights=weights, policy_weights=policy_weights)
-        return outputs, new
-
-    def baseline_tick(self, embed, state, choose):
-        """RL-LSTM: recurrence over the embedding. RL-MEM: over the last reads too; what is stored is learned from h."""
-        inputs = [embed, state["policy_read"].flatten(1)] if self.remembers else [embed]
-        h, c = self.policy_lstm(torch.cat(inputs, -1), state["policy_h"], state["policy_c"])
-        feat = torch.cat([embed, h.flatten(1)], -1)
-        logits = self.policy(feat).float()
-        outputs, new = {"logits": logits, "feat": feat}, {"policy_h": h, "policy_c": c, "action": choose(logits)}
-        if self.remembers:
-            new["policy_read"], outputs["policy_weights"] = read(state["memory"], *self.policy_keys(h))
-            new |= self.store(state, self.content(h.flatten(1)).float(), outputs["policy_weights"])
-        return outputs, new
-
-    def onehot(self, index):
-        """(...) -> (..., A) float32."""
-        return onehots(index[..., None], [self.actions])[0]
-
     def act_step(self, inputs):
         """What of acting runs on the device: {obs, reward, is_first, greedy, state/...} -> outputs, noise, state/..."""
         state = self.forget(state_of(inputs), inputs["is_first"])
         noise = torch.randn(len(inputs["reward"]), self.args.stoch, device=self.device)  # (N, Z)
-        draw = lambda logits: sample_onehot(logits.softmax(-1))
-        choose = lambda logits: torch.where(inputs["greedy"], self.onehot(logits.argmax(-1)), draw(logits))
+
+        def choose(logits):
+            best = onehot(logits.argmax(-1), self.actions)  # (N, A)
+            return torch.where(inputs["greedy"], best, sample_onehot(logits.softmax(-1)))
+
         outputs, state = self.tick(self.encoder(inputs, state["action"], inputs["reward"]), state, noise, choose)
         return {**outputs, "noise": noise, **{f"state/{key}": x for key, x in state.items()}}
 
@@ -606,7 +536,7 @@ class Agent(nn.Module):
         act. -> actions (int64 (N,)), new state. eval: most likely action. self.seen: what the step has computed.
         """
         put = lambda x: torch.as_tensor(x).to(self.device, non_blocking=True)  # the one wait is that for the action
-        inputs = {key: put(obs[key]) for key in (*self.decoder.shapes, "reward")}
+        inputs = {key: put(obs[key]) for key in (*self.encoder.shapes, "reward")}
         inputs |= {"is_first": put(is_first), "greedy": torch.full((), eval, device=self.device)}
         self.seen = self.captured_act({**inputs, **{f"state/{key}": x for key, x in state.items()}})
         state = {key: self.seen[f"state/{key}"].clone() for key in state}
@@ -614,13 +544,12 @@ class Agent(nn.Module):
 
     def unroll(self, batch):
         """The window again, with the actions and the noise of acting, and with gradients.
-
         -> outputs, each (N, T+1, ...). Row T is there for its value.
         """
         state = state_of(batch)
-        is_first, action = batch["is_first"], self.onehot(batch["action"])
+        is_first, action = batch["is_first"], onehot(batch["action"], self.actions)
         before = torch.cat([state["action"][:, None], action[:, :-1]], 1) * ~is_first[..., None]  # (N, T+1, A)
-        inputs = {key: batch[key].flatten(0, 1) for key in self.decoder.shapes}
+        inputs = {key: batch[key].flatten(0, 1) for key in self.encoder.shapes}
         embed = self.encoder(inputs, before.flatten(0, 1), batch["reward"].flatten()).unflatten(0, is_first.shape)
         steps = []
         for t in range(is_first.shape[1]):
@@ -630,83 +559,112 @@ class Agent(nn.Module):
             steps.append(outputs)
         return {**{key: torch.stack([x[key] for x in steps], 1) for key in steps[0]}, "before": before}
 
-    def losses(self, batch):
-        """-> losses of each row that acts or is seen, (N, T) each; statistics. See unroll for the batch."""
-        args, T = self.args, batch["is_last"].shape[1] - 1
-        ends = batch["is_last"], batch["is_terminal"]
-        out, acts = self.unroll(batch), (~batch["is_last"][:, :-1]).float()  # (N, T)
-        logp = out["logits"].log_softmax(-1)  # (N, T+1, A)
-        if self.merlin:
-            z = out["z"] if args.return_grad else out["z"].detach()  # (N, T+1, Z)
-            value = self.value(torch.cat([z, logp.detach()], -1))[..., 0]  # (N, T+1)
-        else:
-            value = self.value(out["feat"])[..., 0]  # (N, T+1)
-        fixed = value.detach()  # (N, T+1)
+    def reinforce(self, batch, out, logp, value):
+        """What all agents share. out: of unroll; logp: (N, T+1, A); value: (N, T+1) -> losses of policy and value,
+        returns, what acts (all (N, T)), and statistics.
+        """
+        args, ends, fixed = self.args, (batch["is_last"], batch["is_terminal"]), value.detach()
+        acts = (~batch["is_last"][:, :-1]).float()  # (N, T)
         returns = window_returns(batch["reward"], fixed, *ends, args.gamma)  # (N, T)
         advantage = advantages(batch["reward"], fixed, *ends, args.gamma, args.lam)  # (N, T)
-        action = self.onehot(batch["action"][:, :-1])  # (N, T, A)
         entropy = -(logp * logp.exp()).sum(-1)[:, :-1]  # (N, T)
-        losses = {"policy": policy_loss((logp[:, :-1] * action).sum(-1), entropy, advantage, args.entropy_scale) * acts}
+        taken = (logp[:, :-1] * onehot(batch["action"][:, :-1], self.actions)).sum(-1)  # (N, T)
+        losses = {"policy": policy_loss(taken, entropy, advantage, args.entropy_scale) * acts}
         losses["value"] = (returns - value[:, :-1]).square() / 2 * acts
         stats = {"policy_entropy": entropy, "value_mean": fixed, "return_mean": returns}
-        if self.merlin:
-            more = self.advantage(torch.cat([z[:, :-1], action], -1))[..., 0]  # (N, T)
-            losses["advantage"] = (returns - fixed[:, :-1] - more).square() / 2 * acts
-            post, prior = (self.gaussian(out[key][:, :-1]) for key in ("post", "prior"))
-            losses["kl"] = kl_gaussian(*post, *prior)
-            obs = {key: batch[key][:, :-1].flatten(0, 1) for key in self.decoder.shapes}
-            seen = out["before"][:, :-1].flatten(0, 1), batch["reward"][:, :-1].flatten()
-            recon = self.decoder.losses(out["z"][:, :-1].flatten(0, 1), obs, *seen)
-            losses |= {key: loss.unflatten(0, acts.shape) for key, loss in recon.items()}
-        for key in ("weights", "policy_weights"):
-            if key in out:
-                w = out[key][:, :-1]
-                stats[f"{key.removesuffix('weights')}read_entropy"] = -(w * (w + 1e-9).log()).sum(-1)
-        assert all(loss.shape == (len(acts), T) for loss in losses.values())
-        return losses, {f"stats/{key}": x.detach().mean() for key, x in stats.items()}
+        for key in out.keys() & {"weights", "policy_weights"}:  # of reads: 0 where one row is read, ln R: all alike
+            w = out[key][:, :-1]
+            stats[key.replace("weights", "read_entropy")] = -(w * (w + 1e-9).log()).sum(-1)
+        return losses, returns, acts, stats
 
-    def gaussian(self, params):
-        """(..., W) -> mean, deviation (..., Z)."""
-        mean, log_std = params.chunk(2, -1)
-        return mean, bounded(log_std).exp()
+    def losses(self, batch):
+        """-> losses of each row that acts or is seen, (N, T) each; statistics. See unroll for the batch."""
+        out = self.unroll(batch)
+        logp = out["logits"].log_softmax(-1)  # (N, T+1, A)
+        z = out["z"]  # (N, T+1, Z)
+        value = self.value(torch.cat([z, logp.detach()], -1))[..., 0]  # (N, T+1)
+        losses, returns, acts, stats = self.reinforce(batch, out, logp, value)
+        action = onehot(batch["action"][:, :-1], self.actions)  # (N, T, A)
+        more = self.advantage(torch.cat([z[:, :-1], action], -1))[..., 0]  # (N, T)
+        losses["advantage"] = (returns - value.detach()[:, :-1] - more).square() / 2 * acts
+        losses["kl"] = kl_gaussian(*self.gaussian(out["post"][:, :-1]), *self.gaussian(out["prior"][:, :-1]))
+        obs = {key: batch[key][:, :-1].flatten(0, 1) for key in self.encoder.shapes}
+        seen = out["before"][:, :-1].flatten(0, 1), batch["reward"][:, :-1].flatten()
+        recon = self.decoder.losses(out["z"][:, :-1].flatten(0, 1), obs, *seen)
+        losses |= {key: loss.unflatten(0, acts.shape) for key, loss in recon.items()}
+        return losses, stats
 
     def step(self, batch):
-        """One update, eagerly and without any host sync, so that a CUDA graph can capture it. See update."""
-        args = self.args
+        """One gradient step on a window: rows {key: (N, T+1, ...)} with "action" and "noise", and "state/...", what the
+        state was before the first of them. -> statistics, 0-d tensors. agent.update is this step, on a GPU captured as
+        a CUDA graph, which no host sync may disturb; the next update overwrites its results.
+        """
         losses, stats = self.losses(batch)
         losses = {key: loss.mean() for key, loss in losses.items()}
-        scales = {"policy": 1.0, "value": args.value_scale}
-        if self.merlin:  # all in one sum: no gradient passes between policy and predictor
-            scales |= {"kl": 1.0, "image": args.alpha_image, "obs": args.alpha_obs, "action": args.alpha_action}
-            scales |= {"reward": args.alpha_reward, "value": args.alpha_return, "advantage": args.alpha_return}
-        losses["total"] = sum(scales[key] * loss for key, loss in losses.items())
-        grads = torch.autograd.grad(losses["total"], self.params, allow_unused=True)
+        losses["total"] = sum(self.scales[key] * loss for key, loss in losses.items())
+        grads = torch.autograd.grad(losses["total"], self.params, materialize_grads=True)
         for p, grad in zip(self.params, grads, strict=True):
-            p.grad = torch.zeros_like(p) if grad is None else grad
-        limits = {"policy": args.clip, "predictor": args.predictor_clip}
-        for group, (name, limit) in zip(self.optimizer.param_groups, limits.items(), strict=False):  # baselines: one
-            stats[f"stats/{name}_grad_norm"] = nn.utils.clip_grad_norm_(group["params"], limit)
+            p.grad = grad
+        stats = {key: x.detach().mean() for key, x in stats.items()}
+        for group in self.optimizer.param_groups:
+            stats[f"{group['name']}_grad_norm"] = nn.utils.clip_grad_norm_(group["params"], group["clip"])
         self.optimizer.step()
-        return {**stats, **{f"losses/{key}": loss.detach() for key, loss in losses.items()}}
+        losses = {f"losses/{key}": loss.detach() for key, loss in losses.items()}
+        return {**losses, **{f"stats/{key}": x for key, x in stats.items()}}
 
-    def update(self, batch):
-        """One gradient step on a window: rows {key: (N, T+1, ...)} with "action" and "noise", and "state/...", what the
-        state was before the first of them. -> statistics, 0-d tensors, which on a GPU the next update overwrites.
-        """
-        return self.captured_step(batch)
+
+class RLAgent(Agent):
+    """RL-LSTM: an LSTM over the embedding. RL-MEM: over the last reads of a memory, too, whose contents are learned
+    from h. Trained by reinforcement alone, end to end: no latents, no prediction.
+    """
+
+    def networks(self, A, E, Z, U, W, K):
+        args, self.remembers = self.args, self.args.agent == "rl_mem"
+        self.carried = {"action": (A,), "policy_h": (2, U), "policy_c": (2, U)}
+        self.policy_lstm = DeepLSTM(E + K * W * self.remembers, U)
+        self.policy, self.value = mlp(E + 2 * U, args.units, A), mlp(E + 2 * U, args.units, 1)
+        if self.remembers:
+            self.carried |= {"policy_read": (K, W), **memory_shapes(args.rows, W)}
+            self.policy_keys, self.content = Keys(2 * U, K, W), nn.Linear(2 * U, Z)
+        self.scales = {"policy": 1.0, "value": args.value_scale}
+        return [dict(params=list(self.parameters()), lr=args.policy_learning_rate, clip=args.clip, name="policy")]
+
+    @property
+    def decoder(self):
+        """There is none; who asks wants to know what is seen."""
+        return self.encoder
+
+    def tick(self, embed, state, noise, choose):
+        inputs = [embed, state["policy_read"].flatten(1)] if self.remembers else [embed]
+        h, c = self.policy_lstm(torch.cat(inputs, -1), state["policy_h"], state["policy_c"])
+        feat = torch.cat([embed, h.flatten(1)], -1)
+        logits = self.policy(feat).float()
+        outputs, new = {"logits": logits, "feat": feat}, {"policy_h": h, "policy_c": c, "action": choose(logits)}
+        if self.remembers:
+            new["policy_read"], weights = read(state["memory"], *self.policy_keys(h))
+            new |= write(state, self.content(h.flatten(1)).float(), weights, self.args.gamma)
+            outputs["policy_weights"] = weights
+        return outputs, new
+
+    def losses(self, batch):
+        out = self.unroll(batch)
+        value = self.value(out["feat"])[..., 0]  # (N, T+1)
+        losses, _, _, stats = self.reinforce(batch, out, out["logits"].log_softmax(-1), value)
+        return losses, stats
+
+
+AGENTS = {"merlin": Agent, "rl_mem": RLAgent, "rl_lstm": RLAgent}  # --agent
 
 
 # === Part 2: plumbing =================================================================================================
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): fail
 def fail(message):
     """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): pick_device
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
     cuda = torch.cuda.is_available()
@@ -723,7 +681,6 @@ def pick_device(args):
     return device
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): tune
 def tune(args):
     """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
     again page by page is half of a CPU update.
@@ -758,9 +715,8 @@ class MemoryGame(gym.Env):
             raise ValueError(f"{cards} cards; allowed: an even number, at most 64")
         self.cards, self.image, self.render_mode = cards, image, render_mode
         self.action_space = spaces.Discrete(cards + 1)
-        self.observation_space = spaces.MultiDiscrete([cards, cards // 2])
-        if image:
-            self.observation_space = spaces.Box(0, 255, (64, 64, 3), np.uint8)
+        board, numbers = spaces.Box(0, 255, (64, 64, 3), np.uint8), spaces.MultiDiscrete([cards, cards // 2])
+        self.observation_space = board if image else numbers
         self.side = int(np.ceil(cards**0.5))  # of the board, in cards
         pixels = 64 // self.side - 2
         rng = np.random.default_rng(0)  # symbols are the same in every game: 5 x 5 patterns in many colours
@@ -786,8 +742,8 @@ class MemoryGame(gym.Env):
         return self.observe(), {}
 
     def step(self, action):
-        never = np.flatnonzero(~self.turned)
-        card = int(action) - 1 if action else int(never[0]) if len(never) else self.cards - 1
+        never = [*np.flatnonzero(~self.turned), self.cards - 1]
+        card = int(action) - 1 if action else int(never[0])
         pair = card != self.open and self.symbols[card] == self.symbols[self.open] and not self.removed[card]
         if pair:
             self.removed[[card, self.open]] = True
@@ -796,20 +752,11 @@ class MemoryGame(gym.Env):
         return self.observe(), 2.0 if pair else -1.0, over, self.count == 2 * self.cards and not over, {}
 
 
-def register_game(env_id):
-    """MemoryGame-<cards>-v0 becomes known to gymnasium when it is asked for: importing this file registers nothing."""
-    game = re.fullmatch(r"MemoryGame-(\d+)-v0", env_id)
-    if game and env_id not in gym.registry:
-        gym.register(env_id, MemoryGame, kwargs={"cards": int(game[1])})
-
-
-# DIFFERS(planet, dreamerv2, dreamerv3): adapt
-def adapt(env, args, repeat):
+def adapt(env, args):
     """One environment -> Dict of uint8 images (H, W, C), integers (MultiDiscrete), and flat float32 vectors."""
-    space, action = env.observation_space, env.action_space
+    space, action, flag = env.observation_space, env.action_space, f"--env-id {args.env_id}"
     named = isinstance(space, spaces.Dict)
     parts = dict(space.spaces) if named else {"image" if is_image(space) else "vector": space}
-    flag = f"--env-id {args.env_id}"
     if not isinstance(action, spaces.Discrete):
         fail(f"{flag}: action space {action}; allowed: Discrete")
     numeric = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
@@ -819,76 +766,52 @@ def adapt(env, args, repeat):
     taken = {"action", "reward", "is_first", "is_last", "is_terminal", "noise", "greedy"}
     if any(key in taken or "." in key or hasattr(nn.ModuleDict, key) for key in parts):
         fail(f"{flag}: observation keys {list(parts)}; allowed: no dots, no attributes of nn.ModuleDict, not {taken}")
-    env = gym.wrappers.RepeatAction(env, repeat)
+
+    def adapted(part):
+        if isinstance(part, spaces.Discrete | spaces.MultiDiscrete):
+            counts = np.ravel(part.n if isinstance(part, spaces.Discrete) else part.nvec)
+            return spaces.MultiDiscrete(counts), lambda x: np.ravel(x - part.start).astype(np.int64)
+        if is_image(part):
+            return part, lambda x: x
+        flat = spaces.Box(-np.inf, np.inf, (spaces.flatdim(part),))
+        return flat, lambda x: spaces.flatten(part, x).astype(np.float32)
+
+    inner = {key: adapted(part) for key, part in parts.items()}
+    space = spaces.Dict({key: part for key, (part, _) in inner.items()})
+    as_dict = lambda obs: {key: fn(obs[key] if named else obs) for key, (_, fn) in inner.items()}
+    env = gym.wrappers.RepeatAction(env, args.action_repeat)
     env = gym.wrappers.TransformAction(env, lambda a: a + action.start, spaces.Discrete(action.n))
-
-    def flat_space(part):
-        if isinstance(part, spaces.Discrete | spaces.MultiDiscrete):
-            return spaces.MultiDiscrete(np.ravel(part.n if isinstance(part, spaces.Discrete) else part.nvec))
-        return part if is_image(part) else spaces.Box(-np.inf, np.inf, (spaces.flatdim(part),))
-
-    def flatten(part, x):
-        if isinstance(part, spaces.Discrete | spaces.MultiDiscrete):
-            return np.ravel(x - part.start).astype(np.int64)
-        return x if is_image(part) else spaces.flatten(part, x).astype(np.float32)
-
-    as_dict = lambda obs: {key: flatten(part, obs[key] if named else obs) for key, part in parts.items()}
-    space = spaces.Dict({key: flat_space(part) for key, part in parts.items()})
     return gym.wrappers.TransformObservation(env, as_dict, space)
 
 
-# SHARED(planet, dreamerv3, merlin): atari_envs
-# DIFFERS(dreamerv2): atari_envs
-def atari_envs(env_id, num_envs, args, **kwargs):
-    """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
-    small = args.atari_protocol == "100k"
-    size = (64, 64, 3) if small else (96, 96, 1)
-    protocol = dict(img_height=size[0], img_width=size[1], grayscale=not small, full_action_space=not small)
-    protocol.update(repeat_action_probability=0.0 if small else 0.25, frameskip=args.action_repeat, stack_num=1)
-    protocol.update(maxpool=True, noop_max=30, episodic_life=False, reward_clipping=False, use_fire_reset=False)
-    envs = gym.make_vec(env_id, num_envs, **{**protocol, **kwargs})
-    single = spaces.Dict({"image": spaces.Box(0, 255, size, np.uint8)})
-    batched = gym.vector.utils.batch_space(single, num_envs)
-    as_dict = lambda obs: {"image": obs.reshape(num_envs, *size)}
-    return gym.wrappers.vector.TransformObservation(envs, as_dict, batched, single)
-
-
-# DIFFERS(planet, dreamerv2, dreamerv3): make_envs
 def make_envs(env_id, num_envs, seed, args, render=False):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete actions."""
-    family = env_id.split("/")[0]
     try:
         kwargs = dict(json.loads(args.env_kwargs))
     except (ValueError, TypeError):
         fail(f"--env-kwargs {args.env_kwargs}: allowed: a JSON object, such as '{{\"continuous\": true}}'")
-    register_game(env_id)
-    if family == "ALE":
-        import ale_py
-
-        gym.register_envs(ale_py)
+    game = re.fullmatch(r"MemoryGame-(\d+)-v0", env_id)
+    if game and env_id not in gym.registry:  # not before it is asked for: importing this file registers nothing
+        gym.register(env_id, MemoryGame, kwargs={"cards": int(game[1])})
 
     def make():
         try:
             env = gym.make(env_id, render_mode="rgb_array", **kwargs) if render else gym.make(env_id, **kwargs)
         except (AssertionError, TypeError):
             env = gym.make(env_id, **kwargs)  # an environment need not know this mode
-        return adapt(env, args, args.action_repeat)
+        return adapt(env, args)
 
     try:
-        if family == "ALE":
-            envs = atari_envs(env_id, num_envs, args, **kwargs)
-        else:
-            envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+        envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
     except (gym.error.Error, ValueError, TypeError, ImportError) as error:
         fail(f"--env-id {env_id}: {error}")
     sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
-    if len(sizes) > 1 or any(side not in SIDES for size in sizes for side in size):
-        fail(f"--env-id {env_id}: images of {sizes}; allowed: one size, sides among {list(SIDES)}")
+    if sizes - {(64, 64)}:
+        fail(f"--env-id {env_id}: images of {sizes}; allowed: 64 x 64")
     envs.action_space.seed(seed)  # reset does not
     return envs
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): start_row
 def start_row(envs, seed):
     """Reset all environments -> their first rows."""
     obs, _ = envs.reset(seed=seed)
@@ -896,7 +819,6 @@ def start_row(envs, seed):
     return {**obs, "reward": np.float32(no), "is_first": yes, "is_last": no, "is_terminal": no}
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): next_row
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
     obs, reward, terminated, truncated, _ = envs.step(action)
@@ -907,7 +829,6 @@ def next_row(envs, action, row):
 # --- pictures, checkpoints, evaluation --------------------------------------------------------------------------------
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): save_gif
 def save_gif(path, frames, writer=None, step=0):
     """uint8 (T, H, W, 3) -> animated GIF on disk and in TensorBoard, whose own add_video would need moviepy."""
     from PIL import Image
@@ -923,7 +844,6 @@ def save_gif(path, frames, writer=None, step=0):
         writer._get_file_writer().add_summary(Summary(value=[value]), step)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): picture
 def picture(obs):
     """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the vectors as gray cells."""
     images = [obs[key] for key in sorted(obs) if obs[key].dim() == 5]
@@ -934,59 +854,6 @@ def picture(obs):
     return cells.repeat_interleave(16, -1)[..., None, :, None].expand(-1, -1, 32, -1, 3)
 
 
-@torch.no_grad()
-def analyse(agent, args, path):
-    """Play one episode and draw it: which row is read when, by each key of predictor and policy; and what was seen, as
-    the posterior has it, and as the prior had expected it before (the paper's pictures). Needs matplotlib.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    envs = make_envs(args.env_id, 1, args.seed, args)
-    row, state, steps = start_row(envs, args.seed + 1_000), agent.initial(1), []
-    with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
-        torch.manual_seed(args.seed)
-        while not steps or not row["is_last"][0]:
-            action, state = agent.act(row, row["is_first"], state, eval=True)
-            steps.append({key: x[0].cpu().float() for key, x in agent.seen.items()})
-            steps[-1] |= {key: torch.as_tensor(row[key][0]) for key in agent.decoder.shapes}
-            row = next_row(envs, action, row)
-    envs.close()
-    steps = {key: torch.stack([x[key] for x in steps]) for key in steps[0]}
-    weights = torch.cat([steps["weights"], steps["policy_weights"]], 1)  # (T, K+1, R)
-    T, heads, _ = weights.shape
-    key = agent.decoder.images[0] if agent.decoder.images else next(iter(agent.decoder.shapes))
-    guesses = [agent.gaussian(steps[name].to(agent.device))[0] for name in ("post", "prior")]
-    guesses = [shown(agent.decoder(z)[key].cpu(), agent.decoder, key) for z in guesses]
-    pictures = [shown(steps[key], agent.decoder, key, seen=True), *guesses]
-    figure, axes = plt.subplots(heads + 3, 1, figsize=(8, 1.6 * (heads + 3)), layout="constrained")
-    for axis, name, x in zip(
-        axes, [*[f"key {i + 1}" for i in range(heads - 1)], "policy"], weights.unbind(1), strict=False
-    ):
-        axis.imshow(x.T[: T + 1].numpy(), aspect="auto", vmin=0, vmax=1, cmap="magma")
-        axis.set_ylabel(f"{name}: row")
-    for axis, name, x in zip(axes[heads:], ("seen", "posterior", "prior"), pictures, strict=True):
-        axis.imshow(x.detach().numpy(), aspect="auto", vmin=0, vmax=1, cmap="gray")
-        axis.set_ylabel(name), axis.set_yticks([])
-    axes[heads - 1].set_xlabel("step"), axes[-1].set_xlabel("step")
-    figure.savefig(path, dpi=110)
-
-
-# DIFFERS(planet, dreamerv2): shown
-def shown(x, decoder, key, seen=False):
-    """What analyse draws of an observation or its prediction, (T, ...): images side by side, or numbers as columns."""
-    if key in decoder.images:
-        return (x / 255 if seen else x).permute(1, 0, 2, 3).flatten(1, 2)[..., :3]
-    if key in decoder.numbers:
-        counts = decoder.numbers[key]
-        parts = onehots(x, counts) if seen else [part.softmax(-1) for part in x.split(counts, -1)]
-        return torch.cat(parts, -1).T
-    return x.sigmoid().T
-
-
-# SHARED(planet, dreamerv2, dreamerv3, merlin): frame
 def frame(envs, row, agent):
     """The first environment as it renders itself, where it can, else as the agent sees it. -> uint8 (H, W, 3)."""
     try:
@@ -996,8 +863,6 @@ def frame(envs, row, agent):
         return seen[0, 0].to(torch.uint8).numpy()
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): evaluate
-# DIFFERS(gumbel_softmax): evaluate
 def evaluate(agent, args, episodes, video=None):
     """Play whole episodes without exploration noise; the random state of training is left as it was.
 
@@ -1023,7 +888,6 @@ def evaluate(agent, args, episodes, video=None):
     return [score for mine, share in zip(scores, wanted, strict=True) for score in mine[:share]]
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): save
 def save(path, **state):
     """Atomic: either the whole new file stands under its name, or still the old one, and nothing beside it."""
     temporary = Path(path).with_suffix(".tmp")
@@ -1037,7 +901,6 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): load
 def load(path, device, need=()):
     """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
@@ -1050,8 +913,6 @@ def load(path, device, need=()):
         fail(f"{path}: cannot be read ({type(error).__name__}: {text}); allowed: a checkpoint.pt")
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): merge
-# DIFFERS(gumbel_softmax): merge
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
 
@@ -1068,8 +929,6 @@ def merge(args, path, saved, free):
     return replace(Args(**saved), **{name: value for name, value in asked.items() if name in free})
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): restore_weights
-# DIFFERS(gumbel_softmax): restore_weights
 def restore_weights(agent, state, path):
     """Load a state_dict, or stop with one line where shapes differ."""
     try:
@@ -1079,31 +938,21 @@ def restore_weights(agent, state, path):
         fail(f"{path}: made for other observations or actions ({line}); allowed: its own environment and version")
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3, gumbel_softmax): load_agent
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     state = load(path, "cpu", need=("args", "agent"))
-    free = ("eval", "analyse", "eval_episodes", "seed", "device")
-    args = resolve(merge(args or Args(), path, state["args"], free))
+    args = resolve(merge(args or Args(), path, state["args"], ("eval", "eval_episodes", "seed", "device")))
     envs = make_envs(args.env_id, 1, args.seed, args)
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args)
+    agent = AGENTS[args.agent](envs.single_observation_space, envs.single_action_space, args)
     envs.close()
     restore_weights(agent, state["agent"], path)
     return agent, args
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3, gumbel_softmax): show
 def show(args):
-    """--eval and --analyse: print the returns, leave a GIF or a picture beside the checkpoint."""
-    path = Path(args.eval or args.analyse)
-    folder = path if path.is_dir() else path.parent
-    agent, args = load_agent(path, args)
-    if args.analyse and not agent.merlin:
-        fail(f"--analyse {path}: a baseline; allowed: a run of --agent merlin")
-    if args.analyse:
-        analyse(agent, args, folder / "analysis.png")
-        print(f"{folder}/analysis.png: reads and predictions in one episode")
-        return {"run_dir": str(folder)}
+    """--eval: print the returns, leave a GIF beside the checkpoint."""
+    folder = Path(args.eval) if Path(args.eval).is_dir() else Path(args.eval).parent
+    agent, args = load_agent(args.eval, args)
     scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
     shown = " ".join(f"{score:g}" for score in scores[:20]) + " ..." * (len(scores) > 20)
     print(f"{args.env_id}, {len(scores)} episodes: {shown}")
@@ -1114,21 +963,6 @@ def show(args):
 # === Part 3: training =================================================================================================
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3): describe
-def describe(args, agent, run_dir):
-    """Say what is about to run, before it takes hours."""
-    gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
-    warning = "CPU  <-- WARNING: no GPU; images are slow" if agent.decoder.images else "CPU (vectors: fine)"
-    print(f"run       {run_dir}\ndevice    {gpu or warning}; PyTorch {torch.__version__}")
-    print(f"agent     {args.agent}, {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
-    if agent.remembers:
-        print(f"memory    {args.rows} rows of {2 * args.stoch} numbers for each of {args.num_envs} environments")
-    print(f"training  1 update on a window of {args.window} steps of all environments, each window once")
-    steps = f"{args.total_timesteps:,} policy steps = {args.total_timesteps * args.action_repeat:,} frames"
-    print(f"length    {steps}", flush=True)
-
-
-# SHARED(planet, dreamerv2, dreamerv3, merlin): open_writer
 def open_writer(args, run_dir, step):
     """TensorBoard, mirrored to Weights & Biases with --track."""
     from torch.utils.tensorboard import SummaryWriter
@@ -1144,7 +978,6 @@ def open_writer(args, run_dir, step):
     return writer
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): finite
 def finite(stats):
     """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
     update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
@@ -1156,109 +989,35 @@ def finite(stats):
     return values
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3): record
-def record(writer, args, now, stats, spent, since):
-    """One progress line, and the scalars for TensorBoard. spent: seconds by part; since: time and step of last call.
-
-    On a GPU perf/train_ms is the time to queue updates; the wait until they are done is in perf/act_ms.
+def collect(args, agent, envs, row, state, played, now, writer):
+    """Play a window. -> the batch for update; row and state after it. Kept up to date: played, returns and lengths of
+    the episodes that go on; now, see train.
     """
-    steps, seconds = max(1, now["step"] - since[1]), time.time() - since[0]
-    score = np.mean(now["recent"]) if now["recent"] else float("nan")
-    left = max(0, args.total_timesteps - now["step"]) * seconds / steps
-    line = f"step {now['step']:,}/{args.total_timesteps:,}  return {score:.1f}  {steps / seconds:.1f} steps/s"
-    line += f"  updates {now['updates']:,}  loss {stats.get('losses/total', float('nan')):.1f}"
-    print(f"{line}  left {int(left // 3600)}:{int(left % 3600 // 60):02}:{int(left % 60):02}", flush=True)
-    scalars = {**stats, **{f"perf/{key}_ms": 1000 * x / steps for key, x in spent.items()}}
-    scalars |= {"charts/SPS": steps / seconds, "charts/frames": now["step"] * args.action_repeat}
-    scalars |= {"charts/gradient_steps": now["updates"]}
-    for key, value in scalars.items():
-        writer.add_scalar(key, value, now["step"])
-
-
-# DIFFERS(planet, dreamerv2, dreamerv3): checkpoint
-def checkpoint(args, run_dir, agent, now, writer):
-    """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint."""
-    cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
-    parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now}
-    parts |= {"random": torch.get_rng_state(), "cuda_random": cuda, "args": asdict(args)}
-    save(run_dir / "checkpoint.pt", **parts, source=SOURCE)
-    writer.flush()
-
-
-# DIFFERS(planet, dreamerv2, dreamerv3): restore
-def restore(saved, args, agent):
-    """Bring agent and random state to where the checkpoint was taken; new episodes begin. -> now."""
-    restore_weights(agent, saved["agent"], args.resume)
-    for group in saved["optimizer"]["param_groups"]:
-        group["capturable"] = agent.device.type == "cuda"  # the run may have begun on another device
-    agent.optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["random"].cpu())
-    if agent.device.type == "cuda" and saved["cuda_random"] is not None:
-        torch.cuda.set_rng_state(saved["cuda_random"].cpu(), agent.device)
-    return {**saved["now"], "returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
-
-
-def collect(args, agent, envs, row, state, now, writer, spent):
-    """Play a window. -> the batch for update; row and state after it; spent: seconds by part, added to."""
     start, rows = {f"state/{key}": x for key, x in state.items()}, []
     for _ in range(args.window):
-        times = [time.time()]
         action, state = agent.act(row, row["is_first"], state)
         rows.append({**row, "action": action, "noise": agent.seen["noise"].clone()})
-        times.append(time.time())
         now["step"] += int((~row["is_last"]).sum())  # a reset is no step
         row = next_row(envs, action, row)
-        for n in range(args.num_envs):
-            now["returns"][n] = now["returns"][n] * (not row["is_first"][n]) + float(row["reward"][n])
-            now["lengths"][n] = 0 if row["is_first"][n] else now["lengths"][n] + 1
-            if row["is_last"][n]:
-                writer.add_scalar("charts/episodic_return", now["returns"][n], now["step"])
-                writer.add_scalar("charts/episodic_length", now["lengths"][n], now["step"])
-                now["recent"] = [*now["recent"], now["returns"][n]][-100:]
-        times.append(time.time())
-        spent["act"], spent["env"] = spent["act"] + times[1] - times[0], spent["env"] + times[2] - times[1]
+        played["return"] = played["return"] * ~row["is_first"] + row["reward"]
+        played["length"] = (played["length"] + 1) * ~row["is_first"]
+        for n in np.flatnonzero(row["is_last"]):
+            for name, values in played.items():
+                writer.add_scalar(f"charts/episodic_{name}", values[n], now["step"])
+            now["recent"] = [*now["recent"], float(played["return"][n])][-100:]
     noise = torch.randn_like(rows[-1]["noise"])
     rows.append({**row, "action": np.zeros_like(action), "noise": noise})  # for its value
-    arrays = lambda parts: torch.as_tensor(np.stack(parts, 1), device=agent.device)  # one transfer for the window
-    stack = lambda parts: torch.stack(parts, 1) if torch.is_tensor(parts[0]) else arrays(parts)
-    batch = {key: stack([x[key] for x in rows]) for key in rows[0]}
+    batch = {"noise": torch.stack([x.pop("noise") for x in rows], 1)}
+    for key in rows[0]:  # one transfer each for the window
+        batch[key] = torch.as_tensor(np.stack([x[key] for x in rows], 1), device=agent.device)
     return {**batch, **start}, row, state
 
 
-# DIFFERS(planet, dreamerv2, dreamerv3, gumbel_softmax): learn
-def learn(args, agent, envs, now, writer, run_dir):
-    """The loop: play a window, learn from it, until total_timesteps. -> the last statistics.
-
-    now: see train, kept up to date.
-    """
-    row, state = start_row(envs, args.seed + now["step"]), agent.initial(args.num_envs)
-    stats, since, spent = {}, (time.time(), now["step"]), {"act": 0.0, "train": 0.0, "env": 0.0}
-    while now["step"] < args.total_timesteps:
-        before = now["step"]
-        batch, row, state = collect(args, agent, envs, row, state, now, writer, spent)
-        began = time.time()
-        stats = agent.update(batch)
-        now["updates"] += 1
-        if agent.device.type == "cpu":
-            finite(stats)
-        spent["train"] += time.time() - began
-        done = now["step"] >= args.total_timesteps
-        if time.time() - since[0] > args.log_every or done:
-            record(writer, args, now, finite(stats), spent, since)
-            since, spent = (time.time(), now["step"]), dict.fromkeys(spent, 0.0)
-        if before // args.checkpoint_every < now["step"] // args.checkpoint_every or done:
-            finite(stats)
-            checkpoint(args, run_dir, agent, now, writer)
-    return finite(stats)
-
-
-# DIFFERS(planet, dreamerv2, dreamerv3, gumbel_softmax): train
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
-    modes = [f"--{name}" for name in ("resume", "eval", "analyse") if getattr(args, name)]
-    if len(modes) > 1:
-        fail(f"{' '.join(modes)}: one of them at a time is allowed")
-    if args.eval or args.analyse:
+    if args.eval and args.resume:
+        fail("--resume --eval: one of them at a time is allowed")
+    if args.eval:
         return show(args)
     saved = load(args.resume, "cpu", need=("args", "agent", "now")) if args.resume else None
     free = ("resume", "total_timesteps", "checkpoint_every", "log_every", *OF_A_CALL)
@@ -1267,31 +1026,68 @@ def train(args: Args) -> dict:
     for seed in random.seed, np.random.seed, torch.manual_seed:
         seed(args.seed)
     envs = make_envs(args.env_id, args.num_envs, args.seed, args)
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    agent = Agent(obs_space, action_space, args)
+    agent = AGENTS[args.agent](envs.single_observation_space, envs.single_action_space, args)
+    cuda = agent.device.type == "cuda"
+    now = {"step": 0, "updates": 0, "recent": []}  # recent: returns of the last 100 episodes
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_root) / name
     if saved:
         run_dir = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+        restore_weights(agent, saved["agent"], args.resume)
+        for group in saved["optimizer"]["param_groups"]:
+            group["capturable"] = cuda  # the run may have begun on another device
+        agent.optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["random"])
+        if cuda and saved["cuda_random"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_random"], agent.device)
+        now = saved["now"]
     try:
         run_dir.mkdir(parents=True, exist_ok=bool(saved))
     except OSError as error:
         fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
-    describe(args, agent, run_dir)
-    # now: all that a run knows beside its weights
-    now = {"step": 0, "updates": 0, "recent": [], "returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
-    if saved:
-        now = restore(saved, args, agent)
     writer = open_writer(args, run_dir, now["step"])
+    warning = "CPU  <-- WARNING: no GPU; images are slow" if agent.encoder.images else "CPU (vectors: fine)"
+    gpu = torch.cuda.get_device_name(agent.device) if cuda else ""
+    print(f"run       {run_dir}\ndevice    {gpu or warning}; PyTorch {torch.__version__}")
+    print(f"agent     {args.agent}, {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
+    print(f"training  {args.window} steps of {args.num_envs} environments an update, each window once", flush=True)
+    played = {"return": np.zeros(args.num_envs), "length": np.zeros(args.num_envs, int)}
+    stats, began, since = {}, time.time(), now["step"]
+    score = float(np.mean(now["recent"])) if now["recent"] else float("nan")
     try:
-        stats = learn(args, agent, envs, now, writer, run_dir)
+        row, state = start_row(envs, args.seed + now["step"]), agent.initial(args.num_envs)
+        while now["step"] < args.total_timesteps:
+            before = now["step"]
+            batch, row, state = collect(args, agent, envs, row, state, played, now, writer)
+            stats = agent.update(batch)
+            now["updates"] += 1
+            step, done = now["step"], now["step"] >= args.total_timesteps
+            score = float(np.mean(now["recent"])) if now["recent"] else float("nan")
+            log = done or time.time() - began > args.log_every
+            keep = done or before // args.checkpoint_every < step // args.checkpoint_every
+            if log or keep or not cuda:  # a GPU is waited for only then
+                stats = finite(stats)
+            if log:
+                speed = max(1, step - since) / (time.time() - began)
+                began, since = time.time(), step
+                left = f"{max(0, args.total_timesteps - step) / speed / 60:.1f} min"
+                line = f"step {step:,}/{args.total_timesteps:,}  return {score:.1f}  {speed:.1f} steps/s"
+                print(f"{line}  updates {now['updates']:,}  loss {stats['losses/total']:.1f}  left {left}", flush=True)
+                charts = {"charts/SPS": speed, "charts/frames": step * args.action_repeat}
+                for key, value in {**stats, **charts, "charts/gradient_steps": now["updates"]}.items():
+                    writer.add_scalar(key, value, step)
+            if keep:
+                parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now}
+                parts |= {"random": torch.get_rng_state(), "args": asdict(args), "source": SOURCE}
+                parts["cuda_random"] = torch.cuda.get_rng_state(agent.device) if cuda else None
+                save(run_dir / "checkpoint.pt", **parts)
+                writer.flush()
     except Exception as error:
         last = f"{run_dir} holds the last checkpoint" if (run_dir / "checkpoint.pt").exists() else "no checkpoint yet"
         raise RuntimeError(f"policy step {now['step']:,}: {type(error).__name__}: {error} ({last})") from error
     finally:
         writer.close()  # first: the environments of a broken simulator may raise again
         envs.close()
-    score = float(np.mean(now["recent"])) if now["recent"] else float("nan")
     result = {"run_dir": str(run_dir), "global_step": now["step"], "updates": now["updates"], "episodic_return": score}
     return {**result, **stats}
 

@@ -69,7 +69,6 @@ from torch import nn
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # goes into every checkpoint: the code that really ran
 
 
-# DIFFERS(dreamerv2, dreamerv3, merlin, gumbel_softmax): Args
 @dataclass
 class Args:
     env_id: str = "dm_control/cartpole-swingup-v0"  # dm_control/<domain>-<task>-v0, ALE/*, or any gymnasium id
@@ -142,7 +141,6 @@ OF_A_CALL = ("device", "track")  # flags that a checkpoint does not hand on
 SIDES = (64,)  # of images: the transposed convolutions end at 64
 
 
-# DIFFERS(dreamerv2, dreamerv3, merlin, gumbel_softmax): resolve
 def resolve(args: Args) -> Args:
     """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
 
@@ -185,13 +183,11 @@ def preprocess(image, bits, noise=None):
     return torch.div(image, 2 ** (8 - bits), rounding_mode="floor").float() / 2**bits + noise - 0.5
 
 
-# SHARED(planet, merlin): kl_gaussian
 def kl_gaussian(mean, std, mean2, std2):
     """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
     return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)
 
 
-# DIFFERS(dreamerv2, dreamerv3): kl_loss
 def kl_loss(post, prior, free_nats):
     """max(0, KL(post || prior) - free nats), per step and before any mean. post, prior: (mean, std) -> (...)."""
     return (kl_gaussian(*post, *prior) - free_nats).clamp(min=0)
@@ -222,8 +218,6 @@ def cem(score, shape, iterations, top, like):
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
-# SHARED(planet, dreamerv2): init_weights
-# DIFFERS(dreamerv3): init_weights
 def init_weights(module):
     """Glorot-uniform weights, biases 0, as TensorFlow's layers."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
@@ -231,21 +225,17 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-# DIFFERS(dreamerv2, dreamerv3, merlin): mlp
 def mlp(sizes):
     """Linear layers with ReLU after each."""
     parts = [(nn.Linear(a, b), nn.ReLU()) for a, b in zip(sizes, sizes[1:], strict=False)]
     return nn.Sequential(*[module for part in parts for module in part])
 
 
-# SHARED(planet, dreamerv2, dreamerv3): is_image
-# DIFFERS(merlin): is_image
 def is_image(space):
     """uint8 of rank 3 goes to the convolutions, everything else to the MLP."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
 
 
-# DIFFERS(dreamerv2, dreamerv3, merlin): Encoder
 class Encoder(nn.Module):
     """Observations -> embedding. Images: 4 x (4x4 convolution of stride 2, ReLU): 64, 31, 14, 6, 2 pixels wide."""
 
@@ -279,7 +269,6 @@ class Encoder(nn.Module):
         return torch.cat(tokens, -1)
 
 
-# DIFFERS(dreamerv2, dreamerv3, merlin): Decoder
 class Decoder(nn.Module):
     """Features -> means of unit-variance normals. Images: linear, then 4 transposed convolutions: 1, 5, 13, 30, 64."""
 
@@ -314,7 +303,6 @@ class Decoder(nn.Module):
         return out
 
 
-# DIFFERS(dreamerv2): GRU
 class GRU(nn.Module):
     """r, u = sigmoid(W [x, h] + 1), h' = u h + (1 - u) tanh(W [x, r h]). Not torch.nn.GRUCell: the reset gate comes
     before the product, and the bias of 1 makes a new network remember.
@@ -347,7 +335,6 @@ class Normal(nn.Module):
         return self.mean(x).float(), F.softplus(self.std(x).float()) + self.min_std
 
 
-# DIFFERS(dreamerv2, dreamerv3): RSSM
 class RSSM(nn.Module):
     """Recurrent state-space model, Eq. 4: h_t = f(h, s, a of t-1), prior s_t ~ p(h_t), posterior s_t ~ q(h_t, o_t)."""
 
@@ -437,7 +424,6 @@ class RSSM(nn.Module):
 # --- optimiser --------------------------------------------------------------------------------------------------------
 
 
-# DIFFERS(dreamerv2): Adam
 class Adam:
     """TensorFlow's Adam after clipping by the global norm: eps is added before the second moment is corrected, which
     early on makes it up to 30 times as large as in PyTorch's form. For each parameter p with gradient g:
@@ -478,7 +464,6 @@ class Adam:
         self.count.copy_(state["count"])
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): Captured
 class Captured:
     """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
 
@@ -518,7 +503,6 @@ class Captured:
 # --- agent ------------------------------------------------------------------------------------------------------------
 
 
-# DIFFERS(dreamerv2, dreamerv3, merlin, gumbel_softmax): Agent
 class Agent(nn.Module):
     """World model and planner.
 
@@ -646,14 +630,12 @@ class Agent(nn.Module):
 # === Part 2: plumbing =================================================================================================
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): fail
 def fail(message):
     """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): pick_device
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
     cuda = torch.cuda.is_available()
@@ -670,7 +652,6 @@ def pick_device(args):
     return device
 
 
-# SHARED(planet, dreamerv2, dreamerv3): free_memory
 def free_memory(device):
     """Bytes that can still be allocated; infinite where the system does not tell."""
     if device.type == "cuda":
@@ -679,7 +660,6 @@ def free_memory(device):
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): tune
 def tune(args):
     """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
     again page by page is half of a CPU update.
@@ -696,7 +676,6 @@ def tune(args):
     torch.backends.cudnn.benchmark = not args.torch_deterministic
 
 
-# DIFFERS(dreamerv2, dreamerv3): Replay
 class Replay:
     """Ring buffer of capacity // num_envs rows for each environment; all environments add a row at a time together.
 
@@ -805,7 +784,6 @@ class Replay:
 # --- environments -----------------------------------------------------------------------------------------------------
 
 
-# SHARED(planet, dreamerv2, dreamerv3): DMControl
 class DMControl(gym.Env):
     """dm_control/<domain>-<task>-v0. Episodes end by time limit (discount still 1): truncated, not terminated."""
 
@@ -849,8 +827,6 @@ class DMControl(gym.Env):
         return self.env.physics.render(self.size, self.size, camera_id=self.camera)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): adapt
-# DIFFERS(merlin): adapt
 def adapt(env, args, repeat):
     """One environment -> Dict of uint8 images (H, W, C) and flat float32 vectors; Box actions clipped to [-1, 1]."""
     space, action = env.observation_space, env.action_space
@@ -878,8 +854,6 @@ def adapt(env, args, repeat):
     return gym.wrappers.TransformObservation(env, as_dict, space)
 
 
-# SHARED(planet, dreamerv3, merlin): atari_envs
-# DIFFERS(dreamerv2): atari_envs
 def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
     small = args.atari_protocol == "100k"
@@ -894,8 +868,6 @@ def atari_envs(env_id, num_envs, args, **kwargs):
     return gym.wrappers.vector.TransformObservation(envs, as_dict, batched, single)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): make_envs
-# DIFFERS(merlin): make_envs
 def make_envs(env_id, num_envs, seed, args, render=False):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
     family = env_id.split("/")[0]
@@ -931,7 +903,6 @@ def make_envs(env_id, num_envs, seed, args, render=False):
     return envs
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): start_row
 def start_row(envs, seed):
     """Reset all environments -> their first rows."""
     obs, _ = envs.reset(seed=seed)
@@ -939,7 +910,6 @@ def start_row(envs, seed):
     return {**obs, "reward": np.float32(no), "is_first": yes, "is_last": no, "is_terminal": no}
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): next_row
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
     obs, reward, terminated, truncated, _ = envs.step(action)
@@ -950,7 +920,6 @@ def next_row(envs, action, row):
 # --- pictures, checkpoints, evaluation --------------------------------------------------------------------------------
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): save_gif
 def save_gif(path, frames, writer=None, step=0):
     """uint8 (T, H, W, 3) -> animated GIF on disk and in TensorBoard, whose own add_video would need moviepy."""
     from PIL import Image
@@ -966,7 +935,6 @@ def save_gif(path, frames, writer=None, step=0):
         writer._get_file_writer().add_summary(Summary(value=[value]), step)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): picture
 def picture(obs):
     """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the vectors as gray cells."""
     images = [obs[key] for key in sorted(obs) if obs[key].dim() == 5]
@@ -977,7 +945,6 @@ def picture(obs):
     return cells.repeat_interleave(16, -1)[..., None, :, None].expand(-1, -1, 32, -1, 3)
 
 
-# SHARED(planet, dreamerv2, dreamerv3): film
 def film(video, seen):
     """(B, T, H, W, 3) -> uint8 (T, 6 + H, B * W, 3): side by side; a bar above is green for seen frames, then red."""
     B, T, _, W, _ = video.shape
@@ -986,7 +953,6 @@ def film(video, seen):
     return torch.cat([bar, video], 2).permute(1, 2, 0, 3, 4).flatten(2, 3).to(torch.uint8).cpu().numpy()
 
 
-# DIFFERS(dreamerv2, dreamerv3): open_loop
 @torch.no_grad()
 def open_loop(agent, batch):
     """What the model knows: up to six windows side by side, with truth, model and error from top to bottom. It observes
@@ -1007,14 +973,11 @@ def open_loop(agent, batch):
     return film(torch.cat([truth, model, (model - truth + 255) / 2], 2), seen)
 
 
-# SHARED(planet, dreamerv2): shown
-# DIFFERS(merlin): shown
 def shown(recon):
     """Predicted images, in -0.5 to 0.5, to 0 to 1."""
     return {key: (x + 0.5).clamp(0, 1) if x.dim() == 5 else x for key, x in recon.items()}
 
 
-# DIFFERS(dreamerv2, dreamerv3): dream
 @torch.no_grad()
 def dream(agent, args, steps=45):
     """Plan and act in imagination, after one real observation of each of 4 environments. -> uint8 (T, H, W, 3)."""
@@ -1033,7 +996,6 @@ def dream(agent, args, steps=45):
         return film(picture(shown(agent.decoder(torch.stack(feats, 1)))), seen=1)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): frame
 def frame(envs, row, agent):
     """The first environment as it renders itself, where it can, else as the agent sees it. -> uint8 (H, W, 3)."""
     try:
@@ -1043,8 +1005,6 @@ def frame(envs, row, agent):
         return seen[0, 0].to(torch.uint8).numpy()
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): evaluate
-# DIFFERS(gumbel_softmax): evaluate
 def evaluate(agent, args, episodes, video=None):
     """Play whole episodes without exploration noise; the random state of training is left as it was.
 
@@ -1070,7 +1030,6 @@ def evaluate(agent, args, episodes, video=None):
     return [score for mine, share in zip(scores, wanted, strict=True) for score in mine[:share]]
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): save
 def save(path, **state):
     """Atomic: either the whole new file stands under its name, or still the old one, and nothing beside it."""
     temporary = Path(path).with_suffix(".tmp")
@@ -1084,7 +1043,6 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): load
 def load(path, device, need=()):
     """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
@@ -1097,8 +1055,6 @@ def load(path, device, need=()):
         fail(f"{path}: cannot be read ({type(error).__name__}: {text}); allowed: a checkpoint.pt")
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): merge
-# DIFFERS(gumbel_softmax): merge
 def merge(args, path, saved, free):
     """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
 
@@ -1115,8 +1071,6 @@ def merge(args, path, saved, free):
     return replace(Args(**saved), **{name: value for name, value in asked.items() if name in free})
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): restore_weights
-# DIFFERS(gumbel_softmax): restore_weights
 def restore_weights(agent, state, path):
     """Load a state_dict, or stop with one line where shapes differ."""
     try:
@@ -1126,8 +1080,6 @@ def restore_weights(agent, state, path):
         fail(f"{path}: made for other observations or actions ({line}); allowed: its own environment and version")
 
 
-# SHARED(planet, dreamerv2, dreamerv3): load_agent
-# DIFFERS(merlin, gumbel_softmax): load_agent
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     state = load(path, "cpu", need=("args", "agent"))
@@ -1140,8 +1092,6 @@ def load_agent(path, args=None):
     return agent, args
 
 
-# SHARED(planet, dreamerv2, dreamerv3): show
-# DIFFERS(merlin, gumbel_softmax): show
 def show(args):
     """--eval and --dream: print the returns, leave a GIF beside the checkpoint."""
     path = Path(args.eval or args.dream)
@@ -1161,7 +1111,6 @@ def show(args):
 # === Part 3: training =================================================================================================
 
 
-# DIFFERS(dreamerv2, dreamerv3, merlin): describe
 def describe(args, agent, replay, run_dir):
     """Say what is about to run, before it takes hours."""
     gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
@@ -1177,7 +1126,6 @@ def describe(args, agent, replay, run_dir):
     print(f"length    {steps}", flush=True)
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin): open_writer
 def open_writer(args, run_dir, step):
     """TensorBoard, mirrored to Weights & Biases with --track."""
     from torch.utils.tensorboard import SummaryWriter
@@ -1193,7 +1141,6 @@ def open_writer(args, run_dir, step):
     return writer
 
 
-# SHARED(planet, dreamerv2, dreamerv3, merlin, gumbel_softmax): finite
 def finite(stats):
     """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
     update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
@@ -1205,8 +1152,6 @@ def finite(stats):
     return values
 
 
-# SHARED(planet, dreamerv2, dreamerv3): record
-# DIFFERS(merlin): record
 def record(writer, args, now, stats, spent, since, replay):
     """One progress line, and the scalars for TensorBoard. spent: seconds by part; since: time and step of last call.
 
@@ -1225,8 +1170,6 @@ def record(writer, args, now, stats, spent, since, replay):
         writer.add_scalar(key, value, now["step"])
 
 
-# SHARED(planet, dreamerv2, dreamerv3): checkpoint
-# DIFFERS(merlin): checkpoint
 def checkpoint(args, run_dir, agent, replay, now, writer):
     """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint and the files it names."""
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
@@ -1238,8 +1181,6 @@ def checkpoint(args, run_dir, agent, replay, now, writer):
     writer.flush()
 
 
-# SHARED(planet, dreamerv2, dreamerv3): restore
-# DIFFERS(merlin): restore
 def restore(saved, args, agent, replay, run_dir):
     """Bring agent, replay and random state to where the checkpoint was taken. -> now.
 
@@ -1254,7 +1195,6 @@ def restore(saved, args, agent, replay, run_dir):
     return {**saved["now"], "returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
 
 
-# DIFFERS(dreamerv2, dreamerv3, merlin, gumbel_softmax): learn
 def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     """Algorithm 1, a policy step of all environments at a time, until total_timesteps. -> the last statistics.
 
@@ -1304,7 +1244,6 @@ def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
     return finite(stats)
 
 
-# DIFFERS(dreamerv2, dreamerv3, merlin, gumbel_softmax): train
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
     modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]

@@ -373,7 +373,7 @@ def test_training_forgets_at_is_first(module, action):
         differences.append({key: float((a - b).abs().max()) for key, (a, b) in pairs.items()})
         assert not same(*[result["feat"][:, : start - context] for result in results])
     assert set(differences[0].values()) == {0.0}
-    assert differences[1]["feat"] > 0 and differences[1]["reward"] > 0 or differences[1]["vector"] > 0
+    assert differences[1]["feat"] > 0 and differences[1]["vector"] > 0
 
 
 @pytest.mark.parametrize("action", ["discrete", "box"])
@@ -810,7 +810,9 @@ def test_bad_input(module, tmp_path, capsys):
     if not torch.cuda.is_available():
         cases += [(dict(env_id="CartPole-v1", device="cuda"), "--device cuda")]
     for flags, text in cases:
-        if known(module, flags) != flags:
+        takers = [name for name in AGENTS if known(importlib.import_module(name), flags) == flags]
+        assert takers, f"no file has these flags any more: {flags}"
+        if module.__name__ not in takers:
             continue
         with pytest.raises(SystemExit) as stop:
             module.train(module.Args(**{"size": "debug", "device": "cpu", "run_root": str(tmp_path), **flags}))

@@ -281,7 +281,7 @@ def test_encoder_decoder(data, monkeypatch):
     for (_, name), grad in zip(
         params.items(), torch.autograd.grad((embed * data["in/embed_cot"]).sum(), list(params)), strict=True
     ):
-        data.check(f"grad/embed/{name}", untied(grad))
+        data.check(f"grad/embed/{name}", untied(grad), summed=True)
     layers = {conv: f"decoder/conv{i}" for i, conv in enumerate(agent.decoder.convs)}
     params = tied(data, {**layers, agent.decoder.linear: "decoder/convin"})
     data.check("out/image", agent.decoder(feat)["image"])
@@ -293,6 +293,6 @@ def test_encoder_decoder(data, monkeypatch):
     nll = agent.model_losses(batch)[0]["image"]
     data.check("out/image_nll", nll + CONSTANT * np.prod(image.shape[2:]))
     grads = torch.autograd.grad(nll.mean(), [feat, *params])
-    data.check("grad/nll/feat", grads[0], rtol=1e-4, atol=1e-4)
+    data.check("grad/nll/feat", grads[0], summed=True)
     for name, grad in zip(params.values(), grads[1:], strict=True):
-        data.check(f"grad/nll/{name}", untied(grad), rtol=1e-4, atol=1e-3)
+        data.check(f"grad/nll/{name}", untied(grad), summed=True)

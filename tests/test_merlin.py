@@ -1,34 +1,52 @@
 # SPDX-License-Identifier: MIT
 """merlin.py: the memory in closed form, who learns from what, targets by hand, the game, runs of all three agents."""
 
-import pathlib
+import importlib.util
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import shape_comments
 import torch
+from conftest import ROOT
 from gymnasium import spaces
 from PIL import Image
 from test_common import host_waits, same
 
 import merlin
 
+sys.path.append(str(ROOT / "results"))
 AGENTS = ["merlin", "rl_mem", "rl_lstm"]
+PATCHES = ["lecture_order", "no_prior", "no_retroactive", "no_return_grad"]
 
 
-def args_of(env_id="MemoryGame-6-v0", **flags):
-    return merlin.resolve(merlin.Args(env_id=env_id, **{"size": "debug", "device": "cpu", **flags}))
+@pytest.fixture
+def ablated(request, tmp_path):
+    """merlin.py with one patch of results/ablations, as a module of its own; with None as it is."""
+    if request.param is None:
+        yield merlin
+        return
+    name = f"merlin_{request.param}"
+    shutil.copy(ROOT / "merlin.py", tmp_path)
+    subprocess.run(["git", "apply", ROOT / "results" / "ablations" / f"{name}.patch"], cwd=tmp_path, check=True)
+    spec = importlib.util.spec_from_file_location(name, tmp_path / "merlin.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where dataclass looks for the annotations
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[name]
 
 
-def made(env_id="MemoryGame-6-v0", **flags):
+def made(env_id="MemoryGame-6-v0", merlin=merlin, **flags):
     """-> environments, an agent with weights that are not zero anywhere."""
-    args = args_of(env_id, **flags)
+    args = merlin.resolve(merlin.Args(env_id=env_id, **{"size": "debug", "device": "cpu", **flags}))
     envs = merlin.make_envs(env_id, args.num_envs, args.seed, args)
     torch.manual_seed(0)
-    agent = merlin.Agent(envs.single_observation_space, envs.single_action_space, args)
-    if agent.merlin:
+    agent = merlin.AGENTS[args.agent](envs.single_observation_space, envs.single_action_space, args)
+    if args.agent == "merlin":
         torch.nn.init.normal_(agent.posterior[-1].weight, std=0.3)
     return envs, agent
 
@@ -40,40 +58,43 @@ class Silent:
         pass
 
 
-def window(envs, agent, windows=1):
+def window(envs, agent, windows=1, merlin=merlin):
     """-> batch of the last of some windows, row and state after it."""
-    now = {"step": 0, "recent": [], "returns": [0.0] * envs.num_envs, "lengths": [0] * envs.num_envs}
+    now, played = {"step": 0, "recent": []}, {"return": np.zeros(envs.num_envs), "length": np.zeros(envs.num_envs)}
     row, state = merlin.start_row(envs, 0), agent.initial(envs.num_envs)
     for _ in range(windows):
-        spent = {"act": 0.0, "env": 0.0}
-        batch, row, state = merlin.collect(agent.args, agent, envs, row, state, now, Silent(), spent)
+        batch, row, state = merlin.collect(agent.args, agent, envs, row, state, played, now, Silent())
     return batch, row, state
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def written(order, T=9, R=20, gamma=0.8, grad=False, N=3, Z=4):
+def empty(N, R, W):
+    """A memory before the first write."""
+    return {key: torch.zeros(N, *shape) for key, shape in merlin.memory_shapes(R, W).items()}
+
+
+def written(merlin, grad, T=9, R=20, gamma=0.8, N=3, Z=4):
     """Write T random contents without reads that matter. -> contents (N, T, Z), memory (N, R, 2*Z), state."""
     torch.manual_seed(0)
-    z, memory = torch.randn(N, T, Z), torch.zeros(N, R, 2 * Z)
-    state = {key: torch.zeros(N, R) for key in ("retro", "last", "usage", "age")} | {"count": torch.zeros(N).long()}
+    z, state = torch.randn(N, T, Z), empty(N, R, 2 * Z)
     with torch.set_grad_enabled(grad):
         for t in range(T):
-            memory, state = merlin.write(memory, state, z[:, t], torch.zeros(N, 1, R), gamma, order)
-    return z, memory, state
+            state = merlin.write(state, z[:, t], torch.zeros(N, 1, R), gamma)
+    return z, state["memory"], state
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("order", ["paper", "lecture", "none"])
-def test_memory_in_closed_form(order, grad):
+@pytest.mark.parametrize("ablated", [None, "lecture_order", "no_retroactive"], indirect=True)
+def test_memory_in_closed_form(ablated, grad):
     """Row i: z_i, and (1 - gamma) sum of gamma^(t-i-1) z_t over t > i; lecture: gamma^(t-i) over t >= i."""
-    z, memory, state = written(order, grad=grad)
+    z, memory, state = written(ablated, grad)
     assert torch.equal(memory[:, :9, :4], z) and (memory[:, 9:] == 0).all()  # first halves are never touched again
     for i in range(9):
-        terms = {"paper": [(0.8 ** (t - i - 1), t) for t in range(i + 1, 9)], "none": []}
-        terms["lecture"] = [(0.8 ** (t - i), t) for t in range(i, 9)]
-        expected = sum((0.2 * weight * z[:, t] for weight, t in terms[order]), torch.zeros(3, 4))
+        terms = {"merlin": [(0.8 ** (t - i - 1), t) for t in range(i + 1, 9)], "merlin_no_retroactive": []}
+        terms["merlin_lecture_order"] = [(0.8 ** (t - i), t) for t in range(i, 9)]
+        expected = sum((0.2 * weight * z[:, t] for weight, t in terms[ablated.__name__]), torch.zeros(3, 4))
         assert torch.allclose(memory[:, i, 4:], expected, atol=1e-6), i
     assert (state["count"] == 9).all()
 
@@ -82,14 +103,13 @@ def test_rows_are_reused():
     """A full memory gives up the row read least per step, with its usage and its share of what comes; others stay."""
     R, N, gamma = 4, 2, 0.5
     z = torch.randn(N, 6, 3)
-    memory = torch.zeros(N, R, 6)
-    state = {key: torch.zeros(N, R) for key in ("retro", "last", "usage", "age")} | {"count": torch.zeros(N).long()}
+    state = empty(N, R, 6)
     reads = torch.tensor([[0.4, 0.35, 0.5, 0.9], [0.1, 0.4, 0.9, 0.9]])[:, None]  # the sum is least in rows 3 and 0
     kept = []
     for t in range(5):
-        before = memory.clone()
-        memory, state = merlin.write(memory.clone(), state, z[:, t], reads, gamma, "paper")
-        kept.append((before, memory.clone(), {key: x.clone() for key, x in state.items()}))
+        before = state["memory"].clone()
+        state = merlin.write({**state, "memory": before.clone()}, z[:, t], reads, gamma)
+        kept.append((before, state["memory"].clone(), {key: x.clone() for key, x in state.items()}))
     # usage at the fifth step: rows 0 to 3 were written at steps 0 to 3, and read since then
     since = reads[:, 0] * torch.tensor([4, 3, 2, 1])
     least = reads[:, 0].argmin(1)
@@ -108,12 +128,10 @@ def test_full_memory_goes_on_changing():
     """Many rows of a full memory are taken over, by what is read and not by how young they are."""
     torch.manual_seed(0)
     N, R, Z = 4, 20, 5
-    memory = torch.zeros(N, R, 2 * Z)
-    state = {key: torch.zeros(N, R) for key in ("retro", "last", "usage", "age")} | {"count": torch.zeros(N).long()}
-    taken = []
+    state, taken = empty(N, R, 2 * Z), []
     for _ in range(4 * R):
-        weights = merlin.read(memory, torch.randn(N, 3, 2 * Z), torch.full((N, 3), 3.0))[1]
-        memory, state = merlin.write(memory.clone(), state, torch.randn(N, Z), weights, 0.9, "paper")
+        weights = merlin.read(state["memory"], torch.randn(N, 3, 2 * Z), torch.full((N, 3), 3.0))[1]
+        state = merlin.write(state, torch.randn(N, Z), weights, 0.9)
         taken.append(state["last"].argmax(1))
     assert all(len(set(column.tolist())) > R // 4 for column in torch.stack(taken[R:], 1))
 
@@ -223,7 +241,7 @@ def test_who_sees_what():
         own = {**state, **{key: x for key, x in changed.items() if key in state}}
         given = {**inputs, **{key: x for key, x in changed.items() if key in inputs}}
         with torch.no_grad():
-            choose = lambda logits: agent.onehot(torch.full((N,), given["chosen"]))
+            choose = lambda logits: merlin.onehot(torch.full((N,), given["chosen"]), agent.actions)
             out, new = agent.tick(given["embed"], {key: x.clone() for key, x in own.items()}, given["noise"], choose)
         return {**out, **new}
 
@@ -284,20 +302,38 @@ def test_policy_and_predictor_are_apart():
     assert {"lstm", "keys"} <= reached(agent, losses["obs"].mean())  # through the prior, over time
 
 
-def test_ablations():
-    """No gradient of returns, no reconstruction, no prior, no retroactive half: each leaves out what it says."""
-    envs, agent = made(return_grad=False)
-    losses, _ = agent.losses(window(envs, agent)[0])
-    assert reached(agent, losses["value"].mean()) == {"value"}
-    assert reached(agent, losses["advantage"].mean()) == {"advantage"}
-    envs, agent = made(prior=False)
-    batch = window(envs, agent)[0]
-    assert (agent.unroll(batch)["prior"] == 0).all() and "prior" not in reached(
-        agent, agent.losses(batch)[0]["kl"].mean()
-    )
-    envs, agent = made(retroactive="none")
-    memory = window(envs, agent)[2]["memory"]
-    assert (memory[..., 4:] == 0).all() and memory[..., :4].abs().max() > 0
+def test_every_patch_is_tested():
+    """The list of this file is that of the folder."""
+    found = sorted(path.name for path in (ROOT / "results" / "ablations").glob("merlin_*"))
+    assert found == [f"merlin_{name}.patch" for name in PATCHES]
+
+
+@pytest.mark.parametrize("ablated", PATCHES, indirect=True)
+def test_ablated_file_runs(ablated, tmp_path):
+    """The patch applies, and the file trains, saves and evaluates."""
+    flags = dict(size="debug", device="cpu", total_timesteps=200, num_envs=3, run_root=str(tmp_path))
+    result = ablated.train(ablated.Args(**flags))
+    assert result["updates"] > 5 and np.isfinite(result["losses/total"])
+    agent, args = ablated.load_agent(result["run_dir"])
+    assert len(ablated.evaluate(agent, args, 1)) == 1
+
+
+@pytest.mark.parametrize("ablated", [None, *PATCHES], indirect=True)
+def test_ablations(ablated):
+    """No gradient of returns, no prior, no retroactive half: each leaves out what it says, and nothing else."""
+    envs, agent = made(merlin=ablated)
+    batch, _, state = window(envs, agent, merlin=ablated)
+    losses, _ = agent.losses(batch)
+    alone = [reached(agent, losses[key].mean()) == {key} for key in ("value", "advantage")]
+    assert alone == [ablated.__name__ == "merlin_no_return_grad"] * 2
+    plain = [bool((agent.unroll(batch)["prior"] == 0).all()), "prior" not in reached(agent, losses["kl"].mean())]
+    assert plain == [ablated.__name__ == "merlin_no_prior"] * 2
+    assert (state["memory"][..., 4:] == 0).all() == (ablated.__name__ == "merlin_no_retroactive")
+    assert state["memory"][..., :4].abs().max() > 0
+
+
+def test_no_reconstruction():
+    """A weight of 0 leaves a loss out."""
     envs, agent = made(alpha_obs=0.0)
     stats = agent.update(window(envs, agent)[0])
     scaled = {"kl": 1, "action": 50, "reward": 50, "value": 1, "advantage": 1, "policy": 1}
@@ -509,32 +545,32 @@ def test_resume_is_exact(name, tmp_path, monkeypatch):
     counters, random state. A checkpoint in the midst of episodes changes nothing in the run that goes on.
     """
     flags = dict(agent=name, size="debug", device="cpu", num_envs=3, checkpoint_every=200)
-    results, restore = [], merlin.restore
+    results, collect = [], merlin.collect
     for i, every in enumerate((200, 10_000)):
         more = dict(total_timesteps=400, checkpoint_every=every, run_root=str(tmp_path / f"{i}"))
         results.append(merlin.load(merlin.train(merlin.Args(**{**flags, **more}))["run_dir"], "cpu"))
     keys = "agent", "optimizer", "now", "random"
     assert all(same(results[0][key], results[1][key]) for key in keys if key != "optimizer")
     half = merlin.train(merlin.Args(**flags, total_timesteps=200, run_root=str(tmp_path / "half")))
-    run = pathlib.Path(half["run_dir"])
-    saved, ends = merlin.load(run, "cpu"), []
+    run = Path(half["run_dir"])
+    saved, ends, begun = merlin.load(run, "cpu"), [], set()
 
-    def restored(loaded, args, agent):
-        now = restore(loaded, args, agent)
-        assert same(agent.state_dict(), saved["agent"]) and torch.equal(torch.get_rng_state(), saved["random"])
-        state = agent.optimizer.state_dict()["state"]
-        assert state.keys() == saved["optimizer"]["state"].keys()
-        assert all(same(state[i], saved["optimizer"]["state"][i]) for i in state)
-        assert {**now, "returns": 0, "lengths": 0} == {**saved["now"], "returns": 0, "lengths": 0}
-        return now
+    def first(args, agent, envs, row, state, played, now, writer):
+        if args.resume not in begun:  # nothing has been played yet
+            assert same(agent.state_dict(), saved["agent"]) and torch.equal(torch.get_rng_state(), saved["random"])
+            optimizer = agent.optimizer.state_dict()["state"]
+            assert optimizer.keys() == saved["optimizer"]["state"].keys() and now == saved["now"]
+            assert all(same(optimizer[i], saved["optimizer"]["state"][i]) for i in optimizer)
+        begun.add(args.resume)
+        return collect(args, agent, envs, row, state, played, now, writer)
 
-    monkeypatch.setattr(merlin, "restore", restored)
+    monkeypatch.setattr(merlin, "collect", first)
     for folder in tmp_path / "a", tmp_path / "b":
         shutil.copytree(run, folder)
         torch.manual_seed(99)
         merlin.train(merlin.Args(resume=str(folder), device="cpu", total_timesteps=400))
         ends.append(merlin.load(folder, "cpu"))
-    assert all(same(ends[0][key], ends[1][key]) for key in keys if key != "optimizer")
+    assert all(same(ends[0][key], ends[1][key]) for key in keys if key != "optimizer") and len(begun) == 2
     pairs = zip(ends[0]["optimizer"]["state"].values(), ends[1]["optimizer"]["state"].values(), strict=True)
     assert all(same(a, b) for a, b in pairs)
 
@@ -557,18 +593,37 @@ def test_update_learns_one_window():
     assert history[-1]["losses/obs"] < history[0]["losses/obs"] / 2 and history[-1]["losses/kl"] > 0.3
 
 
-def test_analysis(tmp_path):
-    """--analyse leaves a picture; a baseline has none."""
+@pytest.mark.parametrize("env_id,kwargs", [("MemoryGame-6-v0", "{}"), ("MemoryGame-4-v0", '{"image": true}')])
+def test_analysis(env_id, kwargs, tmp_path, capsys):
+    """results/merlin_analyse.py leaves a picture of one whole episode beside the checkpoint."""
     pytest.importorskip("matplotlib")
-    for name in "merlin", "rl_mem":
-        flags = dict(size="debug", device="cpu", total_timesteps=60, run_root=str(tmp_path / name), agent=name)
-        run = merlin.train(merlin.Args(**flags))["run_dir"]
-        if name == "merlin":
-            merlin.train(merlin.Args(analyse=run, device="cpu"))
-            assert (pathlib.Path(run) / "analysis.png").stat().st_size > 10_000
-        else:
-            with pytest.raises(SystemExit):
-                merlin.train(merlin.Args(analyse=run, device="cpu"))
+    import merlin_analyse
+
+    flags = dict(env_id=env_id, env_kwargs=kwargs, size="debug", device="cpu", total_timesteps=60, num_envs=3)
+    run = merlin.train(merlin.Args(**flags, run_root=str(tmp_path)))["run_dir"]
+    merlin_analyse.main([run, "--device", "cpu"])
+    path = Path(run) / "analysis.png"
+    assert path.stat().st_size > 10_000 and str(path) in capsys.readouterr().out
+    agent, args = merlin.load_agent(run, merlin.Args(device="cpu"))
+    steps = merlin_analyse.episode(agent, args)
+    weights, key = steps["weights"], "image" if "image" in kwargs else "vector"
+    assert torch.allclose(weights.sum(-1), torch.ones(weights.shape[:2])) and len(weights) == len(steps[key]) > 3
+    assert torch.equal(steps["state/count"], torch.arange(1.0, len(weights) + 1))  # one write a step, from the first on
+    seen = merlin_analyse.shown(steps[key], agent.decoder, key, seen=True)
+    assert seen.shape == ((64, 64 * len(weights), 3) if key == "image" else (9, len(weights)))
+    assert seen.min() >= 0 and seen.max() <= 1 and (key == "image" or (seen.sum(0) == 2).all())
+
+
+def test_analysis_of_a_baseline(tmp_path, capsys):
+    """Refused in one line: it predicts nothing."""
+    pytest.importorskip("matplotlib")
+    import merlin_analyse
+
+    flags = dict(agent="rl_mem", size="debug", device="cpu", total_timesteps=60, run_root=str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        merlin_analyse.main([merlin.train(merlin.Args(**flags))["run_dir"]])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "a baseline" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -576,10 +631,10 @@ def test_analysis(tmp_path):
     [
         (dict(env_id="MemoryGame-5-v0"), "5 cards"),
         (dict(env_id="Pendulum-v1"), "allowed: Discrete"),
-        (dict(env_id="CartPol-v1"), "CartPole-v1"),
+        (dict(env_id="CartPol-v1"), "CartPole"),
         (dict(window=0), "--window 0"),
-        (dict(agent="rl_lstm", retroactive="none"), "--retroactive none"),
-        (dict(agent="rl_mem", prior=False), "--prior False"),
+        (dict(agent="rl_lstm", stoch=7), "--stoch 7"),
+        (dict(agent="rl_mem", predictor_clip=1.0), "--predictor-clip 1"),
         (dict(agent="rl_mem", learning_rate=1e-2), "--learning-rate 0.01"),
         (dict(agent="rl_mem", alpha_obs=1.0), "--alpha-obs 1"),
         (dict(value_scale=1.0), "--value-scale 1"),
@@ -593,7 +648,8 @@ def test_analysis(tmp_path):
         (dict(env_id="Tiny-sequence-v0"), "Sequence"),
         (dict(device="gpu"), "--device gpu"),
         (dict(eval="nothing.pt"), "nothing.pt"),
-        (dict(eval="a", analyse="b"), "--eval --analyse"),
+        (dict(resume="a", eval="b"), "--resume --eval"),
+        (dict(env_id="ALE/Pong-v5"), "ALE"),
     ],
 )
 def test_bad_input(flags, text, capsys, tmp_path):
@@ -624,7 +680,7 @@ def test_presets():
     for name, size in (("merlin", "paper"), ("rl_mem", "paper")):
         args = merlin.resolve(merlin.Args(size=size, agent=name, device="cpu"))
         image = spaces.Dict(image=spaces.Box(0, 255, (64, 64, 3), np.uint8))
-        agent = merlin.Agent(image, spaces.Discrete(5), args)
+        agent = merlin.AGENTS[name](image, spaces.Discrete(5), args)
         assert agent.encoder.image_net[-3].in_features == 64 * 8 * 8 and agent.encoder.image_net[-3].out_features == 500
 
 
@@ -632,15 +688,12 @@ def test_shape_comments(tmp_path):
     """Every trailing shape comment holds in a real run, with sizes chosen to be told apart, and each one is reached."""
     flags = dict(hidden=11, units=13, window=5, num_envs=4)
     missed = []
-    for name, order in ("merlin", "paper"), ("merlin", "lecture"), ("rl_mem", "paper"), ("rl_lstm", "paper"):
-        own = dict(agent=name, retroactive=order, run_root=str(tmp_path / name / order), total_timesteps=60)
+    for name in AGENTS:
+        own = dict(agent=name, run_root=str(tmp_path / name), total_timesteps=60)
         own |= dict(stoch=6, keys=3, rows=17) if name != "rl_lstm" else {}
 
         def run(own=own):
-            args = merlin.Args("envs:Tiny-both-discrete-v0", size="debug", device="cpu", **own, **flags)
-            result = merlin.train(args)
-            if args.agent == "merlin":
-                merlin.train(merlin.Args(analyse=result["run_dir"], device="cpu"))
+            merlin.train(merlin.Args("envs:Tiny-both-discrete-v0", size="debug", device="cpu", **own, **flags))
 
         known = dict(Z=4, A=3) if name == "rl_lstm" else dict(Z=6, W=12, R=17, A=3)
         errors, checked, unreached = shape_comments.check(merlin.__file__, run, known)
@@ -688,7 +741,9 @@ def test_text_is_left_out(tmp_path):
 
 def test_registering_is_lazy():
     """The game is known to gymnasium once it is asked for, by cards."""
-    merlin.register_game("MemoryGame-10-v0")
+    assert "MemoryGame-10-v0" not in gym.registry
+    made("MemoryGame-10-v0")
     assert gym.make("MemoryGame-10-v0").action_space == spaces.Discrete(11)
-    merlin.register_game("MemoryGame-x-v0")
+    with pytest.raises(SystemExit):
+        made("MemoryGame-x-v0")
     assert "MemoryGame-x-v0" not in gym.registry

@@ -436,33 +436,6 @@ def test_windows_in_a_full_ring(tmp_path):
     assert torch.equal(other.spans(9), replay.spans(9)) and len(replay.starts[0]) == 2
 
 
-def test_schedule(tmp_path, monkeypatch):
-    """No update during the seed episodes, then collect_interval after them and after each further episode; the seed
-    episodes are random, later ones planned.
-    """
-    updates, randoms, real_update, real_act = [], [], planet.Agent.update, planet.Agent.act
-
-    def act(self, obs, is_first, state, eval=False, random=False):
-        randoms.append((bool(is_first[0]), random))
-        return real_act(self, obs, is_first, state, eval, random)
-
-    monkeypatch.setattr(
-        planet.Agent, "update", lambda self, batch: updates.append(len(randoms)) or real_update(self, batch)
-    )
-    monkeypatch.setattr(planet.Agent, "act", act)
-    args = short(planet, "Tiny-vector-box-v0", tmp_path, seed_episodes=3, collect_interval=7, batch_length=4)
-    planet.train(args)
-    firsts = [i for i, (first, _) in enumerate(randoms) if first]
-    assert all(
-        random == (i < firsts[3]) for i, (_, random) in enumerate(randoms) if i != firsts[3] - 1
-    )  # last row: a dummy
-    assert updates[0] == firsts[3] and all(updates.count(i) == 7 for i in firsts[3:-1])
-    assert sum(updates.count(i) for i in firsts[3:]) == len(updates)
-    result = planet.train(dataclasses.replace(args, num_envs=3, seed=2))
-    saved = planet.load(result["run_dir"], "cpu")["now"]
-    assert saved["updates"] == 7 * (saved["episodes"] - 2) or saved["updates"] == 7 * (saved["episodes"] - 3)
-
-
 @variants("planet random_collection")
 def test_random_collection(variant, tmp_path, monkeypatch):
     """It never plans in training; --eval of that run does."""

@@ -439,11 +439,7 @@ def state_of(inputs):
 
 
 class Agent(nn.Module):
-<<<<<<< /tmp/ours.py
     """MERLIN: a predictor, which fills the memory, and a policy, which only reads it. Baselines: RLAgent, see AGENTS.
-=======
-    """MERLIN: a predictor, which fills the memory, and a policy, which only reads it. Its baselines: see RLAgent.
->>>>>>> /tmp/mm_w-planet.py
 
     obs_space: Dict of uint8 images (H, W, C), integers (MultiDiscrete) and float32 vectors; action_space: Discrete.
     """

@@ -1196,10 +1196,7 @@ def restore(saved, args, agent, replay, run_dir):
 
 
 def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
-    """Algorithm 1, a policy step of all environments at a time, until total_timesteps. -> the last statistics.
-
-    row, state: the rows of all environments and the state of the agent before them; now: see train, kept up to date.
-    """
+    """Algorithm 1, a policy step of all environments at a time, until total_timesteps. -> the last statistics."""
     rows = args.batch_length + Agent.context
     stats, since, spent = {}, (time.time(), now["step"]), {"act": 0.0, "train": 0.0, "env": 0.0}
 

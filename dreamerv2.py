@@ -615,42 +615,6 @@ class Adam:
             own["count"].copy_(state[name]["count"])
 
 
-class Captured:
-    """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
-
-    For inputs of new shapes the first three calls run eagerly, while cuDNN and the allocator settle; then the function
-    is captured and only replayed. The next call overwrites the results. What else the function reads, such as flags, is
-    frozen at capture; each shape keeps a graph of its own.
-    """
-
-    def __init__(self, fn, on):
-        self.fn, self.on, self.calls, self.graphs = fn, on, {}, {}
-        self.side = torch.cuda.Stream() if on else None
-
-    def __call__(self, inputs):
-        if not self.on:
-            return self.fn(inputs)
-        key = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
-        self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= 3:  # on the stream of the capture, where cuBLAS takes its workspace only once
-            main = torch.cuda.current_stream()
-            self.side.wait_stream(main)
-            with torch.cuda.stream(self.side):
-                result = self.fn(inputs)
-            main.wait_stream(self.side)
-            return result
-        if key not in self.graphs:
-            static, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):  # no other thread's
-                result = self.fn(static)
-            self.graphs[key] = static, graph, result
-        static, graph, result = self.graphs[key]
-        for name, x in inputs.items():
-            static[name].copy_(x)
-        graph.replay()
-        return result
-
-
 # --- agent ------------------------------------------------------------------------------------------------------------
 
 
@@ -835,53 +799,7 @@ class Agent(nn.Module):
         return self.captured_step(batch)
 
 
-# === Part 2: plumbing =================================================================================================
-
-
-def fail(message):
-    """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def pick_device(args):
-    """--device; auto takes the first GPU, else the CPU."""
-    cuda = torch.cuda.is_available()
-    try:
-        device = torch.device(args.device if args.device != "auto" else "cuda" if cuda else "cpu")
-        assert device.type in ("cpu", "cuda")
-    except (AssertionError, RuntimeError):
-        fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...")
-    if device.type == "cuda":
-        if not (device.index or 0) < torch.cuda.device_count():
-            fail(f"--device {args.device}: PyTorch {torch.__version__} sees no such CUDA device; allowed: auto, cpu")
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)  # a graph is captured on the current device
-    return device
-
-
-def free_memory(device):
-    """Bytes that can still be allocated; infinite where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
-
-
-def tune(args):
-    """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
-    again page by page is half of a CPU update.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: map no block on its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
-    except (OSError, AttributeError):  # another system or C library: only slower
-        pass
-    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")  # medium: oneDNN, float32 without AMX
-    torch.backends.cudnn.allow_tf32 = args.bf16
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.benchmark = not args.torch_deterministic
+# --- replay -----------------------------------------------------------------------------------------------------------
 
 
 class Replay:
@@ -992,6 +910,189 @@ class Replay:
         self.starts = [(oldest + first[:, n].nonzero()[:, 0]).tolist() for n in range(self.num_envs)]
         self.finished = None
         self.sweep(folder)  # only now: a checkpoint that cannot be read deletes nothing
+
+
+# === Part 2: training =================================================================================================
+
+
+def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
+    """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics."""
+    rows = args.batch_length + Agent.context
+    stats, since, spent = {}, (time.time(), now["step"]), {"act": 0.0, "train": 0.0, "env": 0.0}
+
+    while now["step"] < args.total_timesteps:
+        times = [time.time()]
+        action, state = agent.act(row, row["is_first"], state, random=now["step"] < args.prefill)
+        replay.add({**row, "action": action})
+        times.append(time.time())
+        if now["step"] >= args.prefill and replay.windows(rows):
+            now["first_step"] = now["step"] if now["first_step"] is None else now["first_step"]
+            due = 1 + args.pretrain + (now["step"] - now["first_step"]) // args.train_every
+            while now["updates"] < due:
+                batch = replay.sample(args.batch_size, rows)
+                batch = {key: x.to(agent.device, non_blocking=True) for key, x in batch.items()}
+                stats = agent.update(batch)  # a GPU works on it while the environments step
+                now["updates"] += 1
+                if agent.device.type == "cpu":
+                    finite(stats)
+        times.append(time.time())
+        before, now["step"] = now["step"], now["step"] + int((~row["is_last"]).sum())  # a reset is no step
+        row = next_row(envs, action, row)
+        for n in range(args.num_envs):
+            now["returns"][n] = now["returns"][n] * (not row["is_first"][n]) + float(row["reward"][n])
+            now["lengths"][n] = 0 if row["is_first"][n] else now["lengths"][n] + 1
+            if row["is_last"][n]:
+                writer.add_scalar("charts/episodic_return", now["returns"][n], now["step"])
+                writer.add_scalar("charts/episodic_length", now["lengths"][n], now["step"])
+                now["recent"] = [*now["recent"], now["returns"][n]][-20:]
+        times.append(time.time())
+        spent = {key: x + times[i + 1] - times[i] for i, (key, x) in enumerate(spent.items())}
+        done = now["step"] >= args.total_timesteps
+        if time.time() - since[0] > args.log_every or done:
+            record(writer, args, now, finite(stats), spent, since, replay)
+            since, spent = (time.time(), now["step"]), dict.fromkeys(spent, 0.0)
+        if before // args.checkpoint_every < now["step"] // args.checkpoint_every or done:
+            finite(stats)
+            if replay.windows(rows):
+                video = open_loop(agent, replay.sample(6, rows))
+                save_gif(run_dir / "open_loop.gif", video, writer, now["step"])
+            checkpoint(args, run_dir, agent, replay, now, writer)
+    return finite(stats)
+
+
+def train(args: Args) -> dict:
+    """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
+    modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]
+    if len(modes) > 1:
+        fail(f"{' '.join(modes)}: one of them at a time is allowed")
+    if args.eval or args.dream:
+        return show(args)
+    saved = load(args.resume, "cpu", need=("args", "agent", "now")) if args.resume else None
+    free = ("resume", "total_timesteps", "checkpoint_every", "log_every", *OF_A_CALL)
+    args = resolve(merge(args, args.resume, saved["args"], free) if saved else args)
+    needed = args.num_envs * args.batch_length
+    if args.buffer_size // args.num_envs * args.num_envs < needed:
+        fail(f"--buffer-size {args.buffer_size}: a window takes {needed:,} rows; allowed: that many or more")
+    tune(args)
+    for seed in random.seed, np.random.seed, torch.manual_seed:
+        seed(args.seed)
+    envs = make_envs(args.env_id, args.num_envs, args.seed, args)
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    agent = Agent(obs_space, action_space, args)
+    state = agent.initial(args.num_envs)
+    replay = Replay(args.buffer_size, args.num_envs, obs_space, action_space, agent.device, args.ends)
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.run_root) / name
+    if saved:
+        run_dir = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(saved))
+    except OSError as error:
+        fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
+    describe(args, agent, replay, run_dir)
+    # now: all that a run knows beside weights and replay
+    now = {"step": 0, "updates": 0, "first_step": None, "recent": []}
+    now |= {"returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
+    if saved:
+        now = restore(saved, args, agent, replay, run_dir)
+    row = start_row(envs, args.seed + now["step"])
+    writer = open_writer(args, run_dir, now["step"])
+    try:
+        stats = learn(args, agent, replay, envs, row, state, now, writer, run_dir)
+    except Exception as error:
+        last = f"{run_dir} holds the last checkpoint" if (run_dir / "checkpoint.pt").exists() else "no checkpoint yet"
+        raise RuntimeError(f"policy step {now['step']:,}: {type(error).__name__}: {error} ({last})") from error
+    finally:
+        writer.close()  # first: the environments of a broken simulator may raise again
+        envs.close()
+    score = float(np.mean(now["recent"])) if now["recent"] else float("nan")
+    result = {"run_dir": str(run_dir), "global_step": now["step"], "updates": now["updates"], "episodic_return": score}
+    return {**result, **stats}
+
+
+# === Part 3: plumbing =================================================================================================
+
+
+class Captured:
+    """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
+
+    For inputs of new shapes the first three calls run eagerly, while cuDNN and the allocator settle; then the function
+    is captured and only replayed. The next call overwrites the results. What else the function reads, such as flags, is
+    frozen at capture; each shape keeps a graph of its own.
+    """
+
+    def __init__(self, fn, on):
+        self.fn, self.on, self.calls, self.graphs = fn, on, {}, {}
+        self.side = torch.cuda.Stream() if on else None
+
+    def __call__(self, inputs):
+        if not self.on:
+            return self.fn(inputs)
+        key = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= 3:  # on the stream of the capture, where cuBLAS takes its workspace only once
+            main = torch.cuda.current_stream()
+            self.side.wait_stream(main)
+            with torch.cuda.stream(self.side):
+                result = self.fn(inputs)
+            main.wait_stream(self.side)
+            return result
+        if key not in self.graphs:
+            static, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):  # no other thread's
+                result = self.fn(static)
+            self.graphs[key] = static, graph, result
+        static, graph, result = self.graphs[key]
+        for name, x in inputs.items():
+            static[name].copy_(x)
+        graph.replay()
+        return result
+
+
+def fail(message):
+    """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def pick_device(args):
+    """--device; auto takes the first GPU, else the CPU."""
+    cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(args.device if args.device != "auto" else "cuda" if cuda else "cpu")
+        assert device.type in ("cpu", "cuda")
+    except (AssertionError, RuntimeError):
+        fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...")
+    if device.type == "cuda":
+        if not (device.index or 0) < torch.cuda.device_count():
+            fail(f"--device {args.device}: PyTorch {torch.__version__} sees no such CUDA device; allowed: auto, cpu")
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)  # a graph is captured on the current device
+    return device
+
+
+def free_memory(device):
+    """Bytes that can still be allocated; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
+
+
+def tune(args):
+    """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
+    again page by page is half of a CPU update.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: map no block on its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
+    except (OSError, AttributeError):  # another system or C library: only slower
+        pass
+    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")  # medium: oneDNN, float32 without AMX
+    torch.backends.cudnn.allow_tf32 = args.bf16
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.benchmark = not args.torch_deterministic
 
 
 # --- environments -----------------------------------------------------------------------------------------------------
@@ -1315,9 +1416,6 @@ def show(args):
     return {"run_dir": str(folder), "returns": scores}
 
 
-# === Part 3: training =================================================================================================
-
-
 def describe(args, agent, replay, run_dir):
     """Say what is about to run, before it takes hours."""
     gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
@@ -1402,101 +1500,6 @@ def restore(saved, args, agent, replay, run_dir):
     if agent.device.type == "cuda" and saved["cuda_random"] is not None:
         torch.cuda.set_rng_state(saved["cuda_random"].cpu(), agent.device)
     return {**saved["now"], "returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
-
-
-def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
-    """The loop: act, store, update, step the environments, until total_timesteps. -> the last statistics."""
-    rows = args.batch_length + Agent.context
-    stats, since, spent = {}, (time.time(), now["step"]), {"act": 0.0, "train": 0.0, "env": 0.0}
-
-    while now["step"] < args.total_timesteps:
-        times = [time.time()]
-        action, state = agent.act(row, row["is_first"], state, random=now["step"] < args.prefill)
-        replay.add({**row, "action": action})
-        times.append(time.time())
-        if now["step"] >= args.prefill and replay.windows(rows):
-            now["first_step"] = now["step"] if now["first_step"] is None else now["first_step"]
-            due = 1 + args.pretrain + (now["step"] - now["first_step"]) // args.train_every
-            while now["updates"] < due:
-                batch = replay.sample(args.batch_size, rows)
-                batch = {key: x.to(agent.device, non_blocking=True) for key, x in batch.items()}
-                stats = agent.update(batch)  # a GPU works on it while the environments step
-                now["updates"] += 1
-                if agent.device.type == "cpu":
-                    finite(stats)
-        times.append(time.time())
-        before, now["step"] = now["step"], now["step"] + int((~row["is_last"]).sum())  # a reset is no step
-        row = next_row(envs, action, row)
-        for n in range(args.num_envs):
-            now["returns"][n] = now["returns"][n] * (not row["is_first"][n]) + float(row["reward"][n])
-            now["lengths"][n] = 0 if row["is_first"][n] else now["lengths"][n] + 1
-            if row["is_last"][n]:
-                writer.add_scalar("charts/episodic_return", now["returns"][n], now["step"])
-                writer.add_scalar("charts/episodic_length", now["lengths"][n], now["step"])
-                now["recent"] = [*now["recent"], now["returns"][n]][-20:]
-        times.append(time.time())
-        spent = {key: x + times[i + 1] - times[i] for i, (key, x) in enumerate(spent.items())}
-        done = now["step"] >= args.total_timesteps
-        if time.time() - since[0] > args.log_every or done:
-            record(writer, args, now, finite(stats), spent, since, replay)
-            since, spent = (time.time(), now["step"]), dict.fromkeys(spent, 0.0)
-        if before // args.checkpoint_every < now["step"] // args.checkpoint_every or done:
-            finite(stats)
-            if replay.windows(rows):
-                video = open_loop(agent, replay.sample(6, rows))
-                save_gif(run_dir / "open_loop.gif", video, writer, now["step"])
-            checkpoint(args, run_dir, agent, replay, now, writer)
-    return finite(stats)
-
-
-def train(args: Args) -> dict:
-    """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
-    modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]
-    if len(modes) > 1:
-        fail(f"{' '.join(modes)}: one of them at a time is allowed")
-    if args.eval or args.dream:
-        return show(args)
-    saved = load(args.resume, "cpu", need=("args", "agent", "now")) if args.resume else None
-    free = ("resume", "total_timesteps", "checkpoint_every", "log_every", *OF_A_CALL)
-    args = resolve(merge(args, args.resume, saved["args"], free) if saved else args)
-    needed = args.num_envs * args.batch_length
-    if args.buffer_size // args.num_envs * args.num_envs < needed:
-        fail(f"--buffer-size {args.buffer_size}: a window takes {needed:,} rows; allowed: that many or more")
-    tune(args)
-    for seed in random.seed, np.random.seed, torch.manual_seed:
-        seed(args.seed)
-    envs = make_envs(args.env_id, args.num_envs, args.seed, args)
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    agent = Agent(obs_space, action_space, args)
-    state = agent.initial(args.num_envs)
-    replay = Replay(args.buffer_size, args.num_envs, obs_space, action_space, agent.device, args.ends)
-    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_root) / name
-    if saved:
-        run_dir = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
-    try:
-        run_dir.mkdir(parents=True, exist_ok=bool(saved))
-    except OSError as error:
-        fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
-    describe(args, agent, replay, run_dir)
-    # now: all that a run knows beside weights and replay
-    now = {"step": 0, "updates": 0, "first_step": None, "recent": []}
-    now |= {"returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
-    if saved:
-        now = restore(saved, args, agent, replay, run_dir)
-    row = start_row(envs, args.seed + now["step"])
-    writer = open_writer(args, run_dir, now["step"])
-    try:
-        stats = learn(args, agent, replay, envs, row, state, now, writer, run_dir)
-    except Exception as error:
-        last = f"{run_dir} holds the last checkpoint" if (run_dir / "checkpoint.pt").exists() else "no checkpoint yet"
-        raise RuntimeError(f"policy step {now['step']:,}: {type(error).__name__}: {error} ({last})") from error
-    finally:
-        writer.close()  # first: the environments of a broken simulator may raise again
-        envs.close()
-    score = float(np.mean(now["recent"])) if now["recent"] else float("nan")
-    result = {"run_dir": str(run_dir), "global_step": now["step"], "updates": now["updates"], "episodic_return": score}
-    return {**result, **stats}
 
 
 if __name__ == "__main__":

@@ -186,6 +186,8 @@ def anneal(step, args):
 
 
 # --- pathwise: logits (..., S, K) -> z (..., S, K), whose gradient is the estimate ------------------------------------
+
+
 # Logits must be finite: to forbid a class give it -1e9, as 0 * -inf is nan.
 
 
@@ -289,8 +291,11 @@ def vector_quantize(z, codebook, commitment=0.25):
 
 
 # --- score function: (layers, f, ...) -> surrogate (...), whose value is f(z) and whose gradient is the estimate ------
+
+
 # layers: functions, each from the sample of the layer before (the first: from None) to logits (..., S, K).
 # f: sample of the last layer -> loss (...). Its own parameters learn through f(z). baseline: see Baseline.
+
 
 no_baseline = lambda signal, layer: (signal, 1.0, 0.0)  # leaves a signal as it is
 
@@ -560,7 +565,95 @@ class Agent(nn.Module):
         return weights
 
 
-# === Part 2: plumbing =================================================================================================
+# === Part 2: training =================================================================================================
+
+
+def batches(count, size, step, seed, device="cpu"):
+    """Row numbers of each batch from a step on, without end: a new order every epoch, known from seed and epoch."""
+    per_epoch, order = count // size, None
+    while True:
+        epoch, place = divmod(step, per_epoch)
+        if place == 0 or order is None:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).to(device)
+        yield order[place * size : (place + 1) * size]
+        step += 1
+
+
+def train(args: Args) -> dict:
+    """Train as args say. -> {"run_dir", "global_step", "curve", "seconds", bounds, losses}; --eval: bounds only."""
+    if args.eval and args.resume:
+        fail(f"--resume {args.resume} --eval {args.eval}: one of them at a time is allowed")
+    if args.eval:
+        agent, args = load_agent(args.eval, args)
+        return evaluate(agent, load_data(args, agent.device)["test"][: args.eval_images], args.eval_samples)
+    step, curve, seconds, saved = 0, [], 0.0, None
+    if args.resume:
+        saved = load(args.resume, "cpu", need=("args", "agent", "optimizer", "now"))
+        step, curve, seconds = (saved["now"][key] for key in ("step", "curve", "seconds"))
+        free = ("resume", "device", "data", "total_steps", "eval_samples", "eval_images", "run_root")
+        agent, args = load_agent(args.resume, args, free)
+        run_dir = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+        if args.total_steps < step:
+            fail(f"--total-steps {args.total_steps}: allowed: the {step} of the checkpoint, or more")
+    else:
+        args = resolve(args)
+        torch.manual_seed(args.seed)
+        agent = Agent(args)
+    data, cuda = load_data(args, agent.device), agent.device.type == "cuda"
+    if not saved:
+        name = f"{args.task}-{args.latent}-{args.estimator}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        run_dir = Path(args.run_root) / name
+        try:
+            run_dir.mkdir(parents=True)
+        except OSError as error:
+            fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
+    else:
+        agent.optimizer.load_state_dict(saved["optimizer"])
+        for group in agent.optimizer.param_groups:
+            group.update(agent.options)  # those of this device
+        torch.set_rng_state(saved["random"].cpu())
+        if cuda and saved["cuda_random"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_random"].cpu(), agent.device)
+    print(f"run       {run_dir}\nagent     {sum(p.numel() for p in agent.parameters()):,} parameters, {agent.device}")
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(run_dir, purge_step=step + 1 if saved else None)
+    order = batches(len(data["train"]), args.batch_size, step, args.seed, agent.device)
+    stats, since = {}, time.time()
+    try:
+        while step < args.total_steps:
+            temperature = anneal(step, args)
+            images = data["train"][next(order)].float()
+            images = (torch.rand_like(images) < images / 255).float() if args.binarize == "dynamic" else images
+            stats = agent.update(images, temperature)
+            step += 1
+            if not cuda:
+                finite(stats)
+            if step % args.eval_every and step < args.total_steps:
+                continue
+            seconds += time.time() - since
+            left = int(seconds / step * (args.total_steps - step))
+            print(f"step {step:,}/{args.total_steps:,}  left {left // 60}:{left % 60:02}", end="  ")
+            bound = evaluate(agent, data["valid"][:500], min(20, args.eval_samples))["bound"]
+            curve.append([step, bound])
+            for key, value in {**finite(stats), "charts/valid_bound": bound, "charts/temperature": temperature}.items():
+                writer.add_scalar(key, value, step)
+            parts = dict(agent=agent.state_dict(), optimizer=agent.optimizer.state_dict(), args=asdict(args))
+            parts |= dict(random=torch.get_rng_state(), cuda_random=torch.cuda.get_rng_state() if cuda else None)
+            save(run_dir / "checkpoint.pt", now=dict(step=step, curve=curve, seconds=seconds), source=SOURCE, **parts)
+            writer.flush()
+            since = time.time()
+        scores = evaluate(agent, data["test"][: args.eval_images], args.eval_samples)
+        writer.add_scalar("charts/test_bound", scores["bound"], step)
+    except Exception as error:
+        last = f"{run_dir} holds the last checkpoint" if (run_dir / "checkpoint.pt").exists() else "no checkpoint yet"
+        raise RuntimeError(f"step {step:,}: {type(error).__name__}: {error} ({last})") from error
+    finally:
+        writer.close()
+    return {"run_dir": str(run_dir), "global_step": step, "curve": curve, "seconds": seconds, **scores, **finite(stats)}
+
+
+# === Part 3: plumbing =================================================================================================
 
 
 def fail(message):
@@ -713,9 +806,6 @@ def load_agent(path, args=None, free=("eval", "device", "data", "eval_samples", 
     return agent, agent.args
 
 
-# === Part 3: training =================================================================================================
-
-
 def finite(stats):
     """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
     update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
@@ -725,91 +815,6 @@ def finite(stats):
     if bad:
         raise FloatingPointError(", ".join(bad))
     return values
-
-
-def batches(count, size, step, seed, device="cpu"):
-    """Row numbers of each batch from a step on, without end: a new order every epoch, known from seed and epoch."""
-    per_epoch, order = count // size, None
-    while True:
-        epoch, place = divmod(step, per_epoch)
-        if place == 0 or order is None:
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).to(device)
-        yield order[place * size : (place + 1) * size]
-        step += 1
-
-
-def train(args: Args) -> dict:
-    """Train as args say. -> {"run_dir", "global_step", "curve", "seconds", bounds, losses}; --eval: bounds only."""
-    if args.eval and args.resume:
-        fail(f"--resume {args.resume} --eval {args.eval}: one of them at a time is allowed")
-    if args.eval:
-        agent, args = load_agent(args.eval, args)
-        return evaluate(agent, load_data(args, agent.device)["test"][: args.eval_images], args.eval_samples)
-    step, curve, seconds, saved = 0, [], 0.0, None
-    if args.resume:
-        saved = load(args.resume, "cpu", need=("args", "agent", "optimizer", "now"))
-        step, curve, seconds = (saved["now"][key] for key in ("step", "curve", "seconds"))
-        free = ("resume", "device", "data", "total_steps", "eval_samples", "eval_images", "run_root")
-        agent, args = load_agent(args.resume, args, free)
-        run_dir = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
-        if args.total_steps < step:
-            fail(f"--total-steps {args.total_steps}: allowed: the {step} of the checkpoint, or more")
-    else:
-        args = resolve(args)
-        torch.manual_seed(args.seed)
-        agent = Agent(args)
-    data, cuda = load_data(args, agent.device), agent.device.type == "cuda"
-    if not saved:
-        name = f"{args.task}-{args.latent}-{args.estimator}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        run_dir = Path(args.run_root) / name
-        try:
-            run_dir.mkdir(parents=True)
-        except OSError as error:
-            fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
-    else:
-        agent.optimizer.load_state_dict(saved["optimizer"])
-        for group in agent.optimizer.param_groups:
-            group.update(agent.options)  # those of this device
-        torch.set_rng_state(saved["random"].cpu())
-        if cuda and saved["cuda_random"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_random"].cpu(), agent.device)
-    print(f"run       {run_dir}\nagent     {sum(p.numel() for p in agent.parameters()):,} parameters, {agent.device}")
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(run_dir, purge_step=step + 1 if saved else None)
-    order = batches(len(data["train"]), args.batch_size, step, args.seed, agent.device)
-    stats, since = {}, time.time()
-    try:
-        while step < args.total_steps:
-            temperature = anneal(step, args)
-            images = data["train"][next(order)].float()
-            images = (torch.rand_like(images) < images / 255).float() if args.binarize == "dynamic" else images
-            stats = agent.update(images, temperature)
-            step += 1
-            if not cuda:
-                finite(stats)
-            if step % args.eval_every and step < args.total_steps:
-                continue
-            seconds += time.time() - since
-            left = int(seconds / step * (args.total_steps - step))
-            print(f"step {step:,}/{args.total_steps:,}  left {left // 60}:{left % 60:02}", end="  ")
-            bound = evaluate(agent, data["valid"][:500], min(20, args.eval_samples))["bound"]
-            curve.append([step, bound])
-            for key, value in {**finite(stats), "charts/valid_bound": bound, "charts/temperature": temperature}.items():
-                writer.add_scalar(key, value, step)
-            parts = dict(agent=agent.state_dict(), optimizer=agent.optimizer.state_dict(), args=asdict(args))
-            parts |= dict(random=torch.get_rng_state(), cuda_random=torch.cuda.get_rng_state() if cuda else None)
-            save(run_dir / "checkpoint.pt", now=dict(step=step, curve=curve, seconds=seconds), source=SOURCE, **parts)
-            writer.flush()
-            since = time.time()
-        scores = evaluate(agent, data["test"][: args.eval_images], args.eval_samples)
-        writer.add_scalar("charts/test_bound", scores["bound"], step)
-    except Exception as error:
-        last = f"{run_dir} holds the last checkpoint" if (run_dir / "checkpoint.pt").exists() else "no checkpoint yet"
-        raise RuntimeError(f"step {step:,}: {type(error).__name__}: {error} ({last})") from error
-    finally:
-        writer.close()
-    return {"run_dir": str(run_dir), "global_step": step, "curve": curve, "seconds": seconds, **scores, **finite(stats)}
 
 
 if __name__ == "__main__":

@@ -394,42 +394,6 @@ class Keys(nn.Module):
         return x[..., :-1], F.softplus(x[..., -1])
 
 
-class Captured:
-    """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
-
-    For inputs of new shapes the first three calls run eagerly, while cuDNN and the allocator settle; then the function
-    is captured and only replayed. The next call overwrites the results. What else the function reads, such as flags, is
-    frozen at capture; each shape keeps a graph of its own.
-    """
-
-    def __init__(self, fn, on):
-        self.fn, self.on, self.calls, self.graphs = fn, on, {}, {}
-        self.side = torch.cuda.Stream() if on else None
-
-    def __call__(self, inputs):
-        if not self.on:
-            return self.fn(inputs)
-        key = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
-        self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= 3:  # on the stream of the capture, where cuBLAS takes its workspace only once
-            main = torch.cuda.current_stream()
-            self.side.wait_stream(main)
-            with torch.cuda.stream(self.side):
-                result = self.fn(inputs)
-            main.wait_stream(self.side)
-            return result
-        if key not in self.graphs:
-            static, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):  # no other thread's
-                result = self.fn(static)
-            self.graphs[key] = static, graph, result
-        static, graph, result = self.graphs[key]
-        for name, x in inputs.items():
-            static[name].copy_(x)
-        graph.replay()
-        return result
-
-
 # --- agent ------------------------------------------------------------------------------------------------------------
 
 
@@ -455,7 +419,7 @@ class Agent(nn.Module):
         cuda = self.device.type == "cuda"
         self.optimizer = torch.optim.Adam(groups, foreach=True, capturable=cuda)
         graphs = args.cuda_graph and cuda
-        self.update, self.captured_act = Captured(self.step, graphs), Captured(self.act_step, graphs)
+        self.captured_step, self.captured_act = Captured(self.step, graphs), Captured(self.act_step, graphs)
 
     def networks(self, A, E, Z, U, W, K):
         """Make them; self.carried: shapes of the state; self.scales: of losses. -> groups for the optimiser."""
@@ -596,8 +560,7 @@ class Agent(nn.Module):
 
     def step(self, batch):
         """One gradient step on a window: rows {key: (N, T+1, ...)} with "action" and "noise", and "state/...", what the
-        state was before the first of them. -> statistics, 0-d tensors. agent.update is this step, on a GPU captured as
-        a CUDA graph, which no host sync may disturb; the next update overwrites its results.
+        state was before the first of them. -> statistics, 0-d tensors. No host sync: a CUDA graph captures it.
         """
         losses, stats = self.losses(batch)
         losses = {key: loss.mean() for key, loss in losses.items()}
@@ -611,6 +574,10 @@ class Agent(nn.Module):
         self.optimizer.step()
         losses = {f"losses/{key}": loss.detach() for key, loss in losses.items()}
         return {**losses, **{f"stats/{key}": x for key, x in stats.items()}}
+
+    def update(self, batch):
+        """step, on a GPU as a CUDA graph: the next update overwrites the statistics."""
+        return self.captured_step(batch)
 
 
 class RLAgent(Agent):
@@ -656,7 +623,149 @@ class RLAgent(Agent):
 AGENTS = {"merlin": Agent, "rl_mem": RLAgent, "rl_lstm": RLAgent}  # --agent
 
 
-# === Part 2: plumbing =================================================================================================
+# === Part 2: training =================================================================================================
+
+
+def collect(args, agent, envs, row, state, played, now, writer):
+    """Play a window. -> the batch for update; row and state after it. Kept up to date: played, returns and lengths of
+    the episodes that go on; now, see train.
+    """
+    start, rows = {f"state/{key}": x for key, x in state.items()}, []
+    for _ in range(args.window):
+        action, state = agent.act(row, row["is_first"], state)
+        rows.append({**row, "action": action, "noise": agent.seen["noise"].clone()})
+        now["step"] += int((~row["is_last"]).sum())  # a reset is no step
+        row = next_row(envs, action, row)
+        played["return"] = played["return"] * ~row["is_first"] + row["reward"]
+        played["length"] = (played["length"] + 1) * ~row["is_first"]
+        for n in np.flatnonzero(row["is_last"]):
+            for name, values in played.items():
+                writer.add_scalar(f"charts/episodic_{name}", values[n], now["step"])
+            now["recent"] = [*now["recent"], float(played["return"][n])][-100:]
+    noise = torch.randn_like(rows[-1]["noise"])
+    rows.append({**row, "action": np.zeros_like(action), "noise": noise})  # for its value
+    batch = {"noise": torch.stack([x.pop("noise") for x in rows], 1)}
+    for key in rows[0]:  # one transfer each for the window
+        batch[key] = torch.as_tensor(np.stack([x[key] for x in rows], 1), device=agent.device)
+    return {**batch, **start}, row, state
+
+
+def train(args: Args) -> dict:
+    """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
+    if args.eval and args.resume:
+        fail("--resume --eval: one of them at a time is allowed")
+    if args.eval:
+        return show(args)
+    saved = load(args.resume, "cpu", need=("args", "agent", "now")) if args.resume else None
+    free = ("resume", "total_timesteps", "checkpoint_every", "log_every", *OF_A_CALL)
+    args = resolve(merge(args, args.resume, saved["args"], free) if saved else args)
+    tune(args)
+    for seed in random.seed, np.random.seed, torch.manual_seed:
+        seed(args.seed)
+    envs = make_envs(args.env_id, args.num_envs, args.seed, args)
+    agent = AGENTS[args.agent](envs.single_observation_space, envs.single_action_space, args)
+    cuda = agent.device.type == "cuda"
+    now = {"step": 0, "updates": 0, "recent": []}  # recent: returns of the last 100 episodes
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.run_root) / name
+    if saved:
+        run_dir = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+        restore_weights(agent, saved["agent"], args.resume)
+        for group in saved["optimizer"]["param_groups"]:
+            group["capturable"] = cuda  # the run may have begun on another device
+        agent.optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["random"])
+        if cuda and saved["cuda_random"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_random"], agent.device)
+        now = saved["now"]
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(saved))
+    except OSError as error:
+        fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
+    writer = open_writer(args, run_dir, now["step"])
+    warning = "CPU  <-- WARNING: no GPU; images are slow" if agent.encoder.images else "CPU (vectors: fine)"
+    gpu = torch.cuda.get_device_name(agent.device) if cuda else ""
+    print(f"run       {run_dir}\ndevice    {gpu or warning}; PyTorch {torch.__version__}")
+    print(f"agent     {args.agent}, {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
+    print(f"training  {args.window} steps of {args.num_envs} environments an update, each window once", flush=True)
+    played = {"return": np.zeros(args.num_envs), "length": np.zeros(args.num_envs, int)}
+    stats, began, since = {}, time.time(), now["step"]
+    score = float(np.mean(now["recent"])) if now["recent"] else float("nan")
+    try:
+        row, state = start_row(envs, args.seed + now["step"]), agent.initial(args.num_envs)
+        while now["step"] < args.total_timesteps:
+            before = now["step"]
+            batch, row, state = collect(args, agent, envs, row, state, played, now, writer)
+            stats = agent.update(batch)
+            now["updates"] += 1
+            step, done = now["step"], now["step"] >= args.total_timesteps
+            score = float(np.mean(now["recent"])) if now["recent"] else float("nan")
+            log = done or time.time() - began > args.log_every
+            keep = done or before // args.checkpoint_every < step // args.checkpoint_every
+            if log or keep or not cuda:  # a GPU is waited for only then
+                stats = finite(stats)
+            if log:
+                speed = max(1, step - since) / (time.time() - began)
+                began, since = time.time(), step
+                left = f"{max(0, args.total_timesteps - step) / speed / 60:.1f} min"
+                line = f"step {step:,}/{args.total_timesteps:,}  return {score:.1f}  {speed:.1f} steps/s"
+                print(f"{line}  updates {now['updates']:,}  loss {stats['losses/total']:.1f}  left {left}", flush=True)
+                charts = {"charts/SPS": speed, "charts/frames": step * args.action_repeat}
+                for key, value in {**stats, **charts, "charts/gradient_steps": now["updates"]}.items():
+                    writer.add_scalar(key, value, step)
+            if keep:
+                parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now}
+                parts |= {"random": torch.get_rng_state(), "args": asdict(args), "source": SOURCE}
+                parts["cuda_random"] = torch.cuda.get_rng_state(agent.device) if cuda else None
+                save(run_dir / "checkpoint.pt", **parts)
+                writer.flush()
+    except Exception as error:
+        last = f"{run_dir} holds the last checkpoint" if (run_dir / "checkpoint.pt").exists() else "no checkpoint yet"
+        raise RuntimeError(f"policy step {now['step']:,}: {type(error).__name__}: {error} ({last})") from error
+    finally:
+        writer.close()  # first: the environments of a broken simulator may raise again
+        envs.close()
+    result = {"run_dir": str(run_dir), "global_step": now["step"], "updates": now["updates"], "episodic_return": score}
+    return {**result, **stats}
+
+
+# === Part 3: plumbing =================================================================================================
+
+
+class Captured:
+    """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
+
+    For inputs of new shapes the first three calls run eagerly, while cuDNN and the allocator settle; then the function
+    is captured and only replayed. The next call overwrites the results. What else the function reads, such as flags, is
+    frozen at capture; each shape keeps a graph of its own.
+    """
+
+    def __init__(self, fn, on):
+        self.fn, self.on, self.calls, self.graphs = fn, on, {}, {}
+        self.side = torch.cuda.Stream() if on else None
+
+    def __call__(self, inputs):
+        if not self.on:
+            return self.fn(inputs)
+        key = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= 3:  # on the stream of the capture, where cuBLAS takes its workspace only once
+            main = torch.cuda.current_stream()
+            self.side.wait_stream(main)
+            with torch.cuda.stream(self.side):
+                result = self.fn(inputs)
+            main.wait_stream(self.side)
+            return result
+        if key not in self.graphs:
+            static, graph = {name: x.clone() for name, x in inputs.items()}, torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):  # no other thread's
+                result = self.fn(static)
+            self.graphs[key] = static, graph, result
+        static, graph, result = self.graphs[key]
+        for name, x in inputs.items():
+            static[name].copy_(x)
+        graph.replay()
+        return result
 
 
 def fail(message):
@@ -960,9 +1069,6 @@ def show(args):
     return {"run_dir": str(folder), "returns": scores}
 
 
-# === Part 3: training =================================================================================================
-
-
 def open_writer(args, run_dir, step):
     """TensorBoard, mirrored to Weights & Biases with --track."""
     from torch.utils.tensorboard import SummaryWriter
@@ -987,109 +1093,6 @@ def finite(stats):
     if bad:
         raise FloatingPointError(", ".join(bad))
     return values
-
-
-def collect(args, agent, envs, row, state, played, now, writer):
-    """Play a window. -> the batch for update; row and state after it. Kept up to date: played, returns and lengths of
-    the episodes that go on; now, see train.
-    """
-    start, rows = {f"state/{key}": x for key, x in state.items()}, []
-    for _ in range(args.window):
-        action, state = agent.act(row, row["is_first"], state)
-        rows.append({**row, "action": action, "noise": agent.seen["noise"].clone()})
-        now["step"] += int((~row["is_last"]).sum())  # a reset is no step
-        row = next_row(envs, action, row)
-        played["return"] = played["return"] * ~row["is_first"] + row["reward"]
-        played["length"] = (played["length"] + 1) * ~row["is_first"]
-        for n in np.flatnonzero(row["is_last"]):
-            for name, values in played.items():
-                writer.add_scalar(f"charts/episodic_{name}", values[n], now["step"])
-            now["recent"] = [*now["recent"], float(played["return"][n])][-100:]
-    noise = torch.randn_like(rows[-1]["noise"])
-    rows.append({**row, "action": np.zeros_like(action), "noise": noise})  # for its value
-    batch = {"noise": torch.stack([x.pop("noise") for x in rows], 1)}
-    for key in rows[0]:  # one transfer each for the window
-        batch[key] = torch.as_tensor(np.stack([x[key] for x in rows], 1), device=agent.device)
-    return {**batch, **start}, row, state
-
-
-def train(args: Args) -> dict:
-    """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
-    if args.eval and args.resume:
-        fail("--resume --eval: one of them at a time is allowed")
-    if args.eval:
-        return show(args)
-    saved = load(args.resume, "cpu", need=("args", "agent", "now")) if args.resume else None
-    free = ("resume", "total_timesteps", "checkpoint_every", "log_every", *OF_A_CALL)
-    args = resolve(merge(args, args.resume, saved["args"], free) if saved else args)
-    tune(args)
-    for seed in random.seed, np.random.seed, torch.manual_seed:
-        seed(args.seed)
-    envs = make_envs(args.env_id, args.num_envs, args.seed, args)
-    agent = AGENTS[args.agent](envs.single_observation_space, envs.single_action_space, args)
-    cuda = agent.device.type == "cuda"
-    now = {"step": 0, "updates": 0, "recent": []}  # recent: returns of the last 100 episodes
-    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_root) / name
-    if saved:
-        run_dir = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
-        restore_weights(agent, saved["agent"], args.resume)
-        for group in saved["optimizer"]["param_groups"]:
-            group["capturable"] = cuda  # the run may have begun on another device
-        agent.optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["random"])
-        if cuda and saved["cuda_random"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_random"], agent.device)
-        now = saved["now"]
-    try:
-        run_dir.mkdir(parents=True, exist_ok=bool(saved))
-    except OSError as error:
-        fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
-    writer = open_writer(args, run_dir, now["step"])
-    warning = "CPU  <-- WARNING: no GPU; images are slow" if agent.encoder.images else "CPU (vectors: fine)"
-    gpu = torch.cuda.get_device_name(agent.device) if cuda else ""
-    print(f"run       {run_dir}\ndevice    {gpu or warning}; PyTorch {torch.__version__}")
-    print(f"agent     {args.agent}, {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
-    print(f"training  {args.window} steps of {args.num_envs} environments an update, each window once", flush=True)
-    played = {"return": np.zeros(args.num_envs), "length": np.zeros(args.num_envs, int)}
-    stats, began, since = {}, time.time(), now["step"]
-    score = float(np.mean(now["recent"])) if now["recent"] else float("nan")
-    try:
-        row, state = start_row(envs, args.seed + now["step"]), agent.initial(args.num_envs)
-        while now["step"] < args.total_timesteps:
-            before = now["step"]
-            batch, row, state = collect(args, agent, envs, row, state, played, now, writer)
-            stats = agent.update(batch)
-            now["updates"] += 1
-            step, done = now["step"], now["step"] >= args.total_timesteps
-            score = float(np.mean(now["recent"])) if now["recent"] else float("nan")
-            log = done or time.time() - began > args.log_every
-            keep = done or before // args.checkpoint_every < step // args.checkpoint_every
-            if log or keep or not cuda:  # a GPU is waited for only then
-                stats = finite(stats)
-            if log:
-                speed = max(1, step - since) / (time.time() - began)
-                began, since = time.time(), step
-                left = f"{max(0, args.total_timesteps - step) / speed / 60:.1f} min"
-                line = f"step {step:,}/{args.total_timesteps:,}  return {score:.1f}  {speed:.1f} steps/s"
-                print(f"{line}  updates {now['updates']:,}  loss {stats['losses/total']:.1f}  left {left}", flush=True)
-                charts = {"charts/SPS": speed, "charts/frames": step * args.action_repeat}
-                for key, value in {**stats, **charts, "charts/gradient_steps": now["updates"]}.items():
-                    writer.add_scalar(key, value, step)
-            if keep:
-                parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now}
-                parts |= {"random": torch.get_rng_state(), "args": asdict(args), "source": SOURCE}
-                parts["cuda_random"] = torch.cuda.get_rng_state(agent.device) if cuda else None
-                save(run_dir / "checkpoint.pt", **parts)
-                writer.flush()
-    except Exception as error:
-        last = f"{run_dir} holds the last checkpoint" if (run_dir / "checkpoint.pt").exists() else "no checkpoint yet"
-        raise RuntimeError(f"policy step {now['step']:,}: {type(error).__name__}: {error} ({last})") from error
-    finally:
-        writer.close()  # first: the environments of a broken simulator may raise again
-        envs.close()
-    result = {"run_dir": str(run_dir), "global_step": now["step"], "updates": now["updates"], "episodic_return": score}
-    return {**result, **stats}
 
 
 if __name__ == "__main__":

@@ -33,12 +33,12 @@ SECTIONS = [  # those of Replay and make_envs: in agents only
     "def resolve",
     "# === Part 1: the algorithm ===",
     "class Agent",
-    "# === Part 2: plumbing ===",
     "class Replay",
+    "# === Part 2: training ===",
+    "def train",
+    "# === Part 3: plumbing ===",
     "def make_envs",
     "def evaluate",
-    "# === Part 3: training ===",
-    "def train",
     'if __name__ == "__main__":',
 ]
 COMPOUND = ast.If | ast.For | ast.While | ast.With | ast.Try | ast.FunctionDef | ast.Match

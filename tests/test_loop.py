@@ -52,8 +52,8 @@ def spy(patch, events, owner, method, name):
 
 @functools.cache
 def play(name, env_id="Tiny-vector-discrete-v0", **flags):
-    """Run train of a file. -> args, resolved; result; events, in order; ticks."""
-    module, events = importlib.import_module(name), []
+    """Run train of a file, or of a patched one: planet_... -> args, resolved; result; events, in order; ticks."""
+    module, events, file = importlib.import_module(name), [], name.split("_")[0]
     args = module.Args(env_id=env_id, size="debug", device="cpu", **known(module, SMALL | flags))
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as root:
         args.run_root = root
@@ -61,10 +61,10 @@ def play(name, env_id="Tiny-vector-discrete-v0", **flags):
             spy(patch, events, module, method, event)
         for method in "act", "update":
             spy(patch, events, module.Agent, method, method)
-        for method in ("add", "sample", "write") if name in REPLAYS else ():
+        for method in ("add", "sample", "write") if file in REPLAYS else ():
             if hasattr(module.Replay, method):
                 spy(patch, events, module.Replay, method, method)
-        if name == "planet":
+        if file == "planet":
             spy(patch, events, module, "cem", "plan")
             spy(patch, events, module, "evaluate", "evaluate")
         spy(patch, events, envs.Tiny, "step", "play")
@@ -377,11 +377,12 @@ def test_planet_updates(num_envs, seeds, interval):
 
 
 @num_envs
-def test_planet_random_collection(num_envs):
-    """With collect "random" no action is planned, updates come as ever, and each checkpoint is followed by an
+@pytest.mark.parametrize("variant", ["planet random_collection"], indirect=True)
+def test_planet_random_collection(variant, num_envs):
+    """With this patch no action is planned, updates come as ever, and each checkpoint is followed by an
     evaluation of the planner.
     """
-    run = play("planet", num_envs=num_envs, collect="random", iterations=1)
+    run = play(variant.__name__, num_envs=num_envs, iterations=1)
     assert not any(tick.plans for tick in run.ticks)
     due = [3 * max(0, seen - 1) if k >= T else 0 for k, seen in enumerate(episodes(run))]
     assert updates(run) == due and due[-1] > 0

@@ -205,7 +205,7 @@ def killed_runs(module, root, kills, steps):
         while "\nstep " not in log.read_text() and process.poll() is None:
             time.sleep(0.01)
         if len(seen) < kills:
-            time.sleep(rng.uniform(0, 0.5))
+            time.sleep(rng.uniform(0, 0.5 if kills < 3 else 1.2))  # the first update of a process takes half a second
             process.send_signal(signal.SIGKILL)
         process.wait(timeout=300)
         text = log.read_text()

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 from test_common import AGENTS, experience, known, short

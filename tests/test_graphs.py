@@ -58,11 +58,12 @@ def compare(agents, call, times):
     assert same(*(agent.optimizer.state_dict() for agent in agents))
 
 
-@pytest.mark.parametrize("flags", [{}, dict(rho=0.0, slow_every=3)], ids=str)
+FLAGS = [(name, {}) for name in AGENTS] + [("dreamerv2", dict(rho=0.0, slow_every=3))]
+
+
+@pytest.mark.parametrize("module,flags", FLAGS, indirect=["module"], ids=str)
 def test_updates(module, flags, monkeypatch):
     """Other batches, weights loaded after the capture, a second shape, and the first again: as an eager agent."""
-    if flags and module.__name__ != "dreamerv2":
-        pytest.skip("flags of dreamerv2")
     check_updates(module, monkeypatch, **flags)
 
 

@@ -162,7 +162,7 @@ FORMS = {"eager": dict(bf16=False, cuda_graph=False), "bf16": dict(bf16=True, cu
 FORMS |= {"graph": dict(bf16=True, cuda_graph=True), "graph, float32": dict(bf16=False, cuda_graph=True)}
 FORMS |= {"compiled": FORMS["graph"]}  # for learn, where speed has found it faster
 BEST = ["graph", "graph, float32", "bf16", "eager"]
-TOY = "--size debug --total-timesteps 120 --checkpoint-every 120 --log-every 1e9 --env-id envs:Tiny-both-"
+TOY = "--size debug --total-timesteps 120 --checkpoint-every 120 --log-every 1e9 --env-id toy_envs:Tiny-both-"
 SMOKE = {
     "dreamerv3": TOY + "discrete-v0 --learning-starts 20",
     "dreamerv2": TOY + "discrete-v0 --prefill 20",

@@ -15,6 +15,12 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
+@pytest.fixture(params=["planet", "dreamerv2", "dreamerv3"], scope="module")
+def module(request):
+    """Each of the files that act in environments and learn from a replay; or the one that a test names."""
+    return importlib.import_module(request.param)
+
+
 @pytest.fixture
 def data(request):
     """The fixture file that parity.case names. At the end everything in it must have been compared."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from gymnasium import spaces
-from test_common import experience, short, window
+from helpers import experience, short, window
 
 import dreamerv2
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from helpers import experience, window
 from torch._inductor.utils import run_and_get_code
-from test_common import experience, window
 
 import dreamerv3 as d3
 

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import shape_comments
-from test_common import AGENTS, FILES
+from helpers import AGENTS, FILES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TARGETS = {
@@ -247,8 +247,8 @@ def test_shape_comments(name, tmp_path):
     known["F"] = known.get("D", 0) + known.get("S", 0) * sizes.get("classes", 1)
     missed = []
     for action, size in ("discrete", 3), ("box", 2):
-        flags = dict(env_id=f"envs:Tiny-both-{action}-v0", num_envs=2, run_root=str(tmp_path / action), device="cpu")
-        flags |= dict(size="debug", total_timesteps=60, checkpoint_every=60, **sizes)
+        flags = dict(env_id=f"toy_envs:Tiny-both-{action}-v0", num_envs=2, run_root=str(tmp_path / action))
+        flags |= dict(size="debug", device="cpu", total_timesteps=60, checkpoint_every=60, **sizes)
         errors, checked, unreached = shape_comments.check(
             module.__file__, lambda flags=flags: module.train(module.Args(**flags)), {**known, "A": size}
         )

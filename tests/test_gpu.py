@@ -11,10 +11,9 @@ import sys
 import graphs
 import numpy as np
 import pytest
-import test_merlin
 import torch
 from conftest import ROOT
-from test_common import AGENTS, experience, known, short, uniform, window
+from helpers import AGENTS, experience, known, merlin_agent, merlin_window, short, uniform, window
 
 sys.path.append(str(ROOT / "results"))
 import kernels  # noqa: E402
@@ -26,11 +25,6 @@ DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 @pytest.fixture(autouse=DEVICE == "cpu")
 def dry(monkeypatch):
     graphs.install(monkeypatch, *map(importlib.import_module, AGENTS))  # not merlin: Adam's counters lie on the CPU
-
-
-@pytest.fixture(params=AGENTS)
-def module(request):
-    return importlib.import_module(request.param)
 
 
 def updated(module, updates=8, compile=False, **flags):
@@ -183,8 +177,8 @@ def test_captured_acting(name, action):
 def test_merlin_graphs_equal_eager(agent):
     """merlin: a captured update is the eager one, which draws nothing; and captured acting follows the weights."""
     flags = dict(agent=agent, device=DEVICE, bf16=False)
-    (envs, graph), (_, eager) = (test_merlin.made(**flags, cuda_graph=on) for on in (True, False))
-    batch = test_merlin.window(envs, eager)[0]
+    (envs, graph), (_, eager) = (merlin_agent(**flags, cuda_graph=on) for on in (True, False))
+    batch = merlin_window(envs, eager)[0]
     for _ in range(8):
         a, b = (made.update(batch) for made in (graph, eager))
         for key, x in a.items():
@@ -193,7 +187,7 @@ def test_merlin_graphs_equal_eager(agent):
     graph.captured_act = lambda inputs: logits.append((out := real(inputs))["logits"].clone()) or out
     for _ in range(3):  # captured at the fourth step of the first window
         del logits[:]
-        batch = test_merlin.window(envs, graph)[0]
+        batch = merlin_window(envs, graph)[0]
         with torch.no_grad():
             again = graph.unroll(batch)["logits"][:, :-1]
         assert torch.allclose(again, torch.stack(logits, 1), rtol=1e-3, atol=1e-4)

@@ -2,21 +2,15 @@
 """What is captured on a GPU, captured on the CPU by graphs.py: bit by bit what the eager functions do."""
 
 import contextlib
-import importlib
 import types
 
 import graphs
 import pytest
-import test_gumbel_softmax
-import test_merlin
 import torch
-from test_common import AGENTS, experience, same, window
+from helpers import AGENTS, experience, gumbel_agent, merlin_agent, merlin_window, same, window
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
-@pytest.fixture(params=AGENTS)
-def module(request):
-    return importlib.import_module(request.param)
+import merlin
 
 
 def test_the_recorder(monkeypatch):
@@ -112,12 +106,12 @@ def test_acting(module, eval, monkeypatch):
 @pytest.mark.parametrize("agent", ["merlin", "rl_mem", "rl_lstm"])
 def test_windows(agent, monkeypatch):
     """Windows played and learned from, where memory is written in place while acting."""
-    (rows, eager), (_, graph) = pair(test_merlin.merlin, monkeypatch, lambda: test_merlin.made(agent=agent))
+    (rows, eager), (_, graph) = pair(merlin, monkeypatch, lambda: merlin_agent(agent=agent))
     for group in graph.optimizer.param_groups + eager.optimizer.param_groups:
         group["capturable"] = True  # as on a GPU
 
     def learn(agent, i):
-        batch = test_merlin.window(rows, agent, windows=2)[0]  # the second begins with a state that a graph gave
+        batch = merlin_window(rows, agent, windows=2)[0]  # the second begins with a state that a graph gave
         return {**agent.update(batch), **{f"batch/{key}": x for key, x in batch.items()}}
 
     compare((eager, graph), learn, 6)
@@ -126,7 +120,7 @@ def test_windows(agent, monkeypatch):
 @pytest.mark.parametrize("estimator", ["st_gumbel_softmax", "reinforce", "rebar"])
 def test_steps(estimator, monkeypatch):
     """Other images and other temperatures after the capture."""
-    agents = [test_gumbel_softmax.agent_of(latent="bernoulli", estimator=estimator) for _ in range(2)]
+    agents = [gumbel_agent(latent="bernoulli", estimator=estimator) for _ in range(2)]
     graphs.install(monkeypatch)
     agents[1].device, agents[1].side = types.SimpleNamespace(type="cuda"), torch.cuda.Stream()
     images = torch.rand(10, 8, 784).round()

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_common import Evil, same
+from helpers import Evil, same
+from helpers import gumbel_agent as agent_of
 
 import gumbel_softmax as module
 
@@ -449,11 +450,6 @@ def test_anneal():
 
 
 # --- models and bounds ------------------------------------------------------------------------------------------------
-
-
-def agent_of(**flags):
-    torch.manual_seed(0)
-    return module.Agent(module.resolve(module.Args(size="debug", device="cpu", **flags)))
 
 
 def noise_images(count=6):

@@ -23,7 +23,7 @@ V2 |= dict(train_every=4.0, prefill=256)
 def test_memory(name, flags, tmp_path, kind, optimum):
     """The cue of two frames ago decides; 90% of the optimum, where forgetting gives 0, and one cue of two 67%."""
     module = importlib.import_module(name)
-    args = module.Args(env_id=f"envs:Recall-{kind}-v0", device="cpu", run_root=str(tmp_path), **SHORT, **flags)
+    args = module.Args(env_id=f"toy_envs:Recall-{kind}-v0", device="cpu", run_root=str(tmp_path), **SHORT, **flags)
     agent, args = module.load_agent(module.train(args)["run_dir"], module.Args(device="cpu"))
     scores = module.evaluate(agent, args, 4000)
     assert np.mean(scores) > 0.9 * optimum

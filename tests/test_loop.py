@@ -10,11 +10,11 @@ import re
 import tempfile
 from types import SimpleNamespace
 
-import envs
 import numpy as np
 import pytest
 import torch
-from test_common import known, same
+import toy_envs
+from helpers import known, same
 from torch.utils.tensorboard import SummaryWriter
 
 REPLAYS = ["planet", "dreamerv2", "dreamerv3"]  # merlin has windows, and no replay
@@ -67,7 +67,7 @@ def play(name, env_id="Tiny-vector-discrete-v0", **flags):
         if file == "planet":
             spy(patch, events, module, "cem", "plan")
             spy(patch, events, module, "evaluate", "evaluate")
-        spy(patch, events, envs.Tiny, "step", "play")
+        spy(patch, events, toy_envs.Tiny, "step", "play")
         spy(patch, events, SummaryWriter, "add_scalar", "scalar")
         result = module.train(args)
     events = [x for x in events if x.name != "save" or x.owner.name == "checkpoint.pt"]

@@ -14,8 +14,10 @@ import shape_comments
 import torch
 from conftest import ROOT
 from gymnasium import spaces
+from helpers import host_waits, same
+from helpers import merlin_agent as made
+from helpers import merlin_window as window
 from PIL import Image
-from test_common import host_waits, same
 
 import merlin
 
@@ -38,33 +40,6 @@ def ablated(request, tmp_path):
     spec.loader.exec_module(module)
     yield module
     del sys.modules[name]
-
-
-def made(env_id="MemoryGame-6-v0", merlin=merlin, **flags):
-    """-> environments, an agent with weights that are not zero anywhere."""
-    args = merlin.resolve(merlin.Args(env_id=env_id, **{"size": "debug", "device": "cpu", **flags}))
-    envs = merlin.make_envs(env_id, args.num_envs, args.seed, args)
-    torch.manual_seed(0)
-    agent = merlin.AGENTS[args.agent](envs.single_observation_space, envs.single_action_space, args)
-    if args.agent == "merlin":
-        torch.nn.init.normal_(agent.posterior[-1].weight, std=0.3)
-    return envs, agent
-
-
-class Silent:
-    """A writer that writes nothing."""
-
-    def add_scalar(self, *_):
-        pass
-
-
-def window(envs, agent, windows=1, merlin=merlin):
-    """-> batch of the last of some windows, row and state after it."""
-    now, played = {"step": 0, "recent": []}, {"return": np.zeros(envs.num_envs), "length": np.zeros(envs.num_envs)}
-    row, state = merlin.start_row(envs, 0), agent.initial(envs.num_envs)
-    for _ in range(windows):
-        batch, row, state = merlin.collect(agent.args, agent, envs, row, state, played, now, Silent())
-    return batch, row, state
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -693,7 +668,7 @@ def test_shape_comments(tmp_path):
         own |= dict(stoch=6, keys=3, rows=17) if name != "rl_lstm" else {}
 
         def run(own=own):
-            merlin.train(merlin.Args("envs:Tiny-both-discrete-v0", size="debug", device="cpu", **own, **flags))
+            merlin.train(merlin.Args("toy_envs:Tiny-both-discrete-v0", size="debug", device="cpu", **own, **flags))
 
         known = dict(Z=4, A=3) if name == "rl_lstm" else dict(Z=6, W=12, R=17, A=3)
         errors, checked, unreached = shape_comments.check(merlin.__file__, run, known)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """planet.py: parts against numbers by hand, the planner on problems with a known optimum, windows, variants."""
 
-import dataclasses
 import importlib.util
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from gymnasium import spaces
-from test_common import experience, short, window
+from helpers import experience, short, window
 
 import planet
 

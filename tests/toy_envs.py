@@ -124,13 +124,13 @@ class Reach(gym.Env):
 
 
 for kind in "image", "vector":
-    gym.register(f"Reach-{kind}-v0", entry_point="envs:Reach", kwargs=dict(kind=kind))
+    gym.register(f"Reach-{kind}-v0", entry_point="toy_envs:Reach", kwargs=dict(kind=kind))
 for kind in "image", "both":
-    gym.register(f"Recall-{kind}-v0", entry_point="envs:Recall", kwargs=dict(kind=kind))
+    gym.register(f"Recall-{kind}-v0", entry_point="toy_envs:Recall", kwargs=dict(kind=kind))
 
 for kind in "image", "vector", "both", "odd":
     for action in "discrete", "box":
-        gym.register(f"Tiny-{kind}-{action}-v0", entry_point="envs:Tiny", kwargs=dict(obs=kind, action=action))
-gym.register("Tiny-multi-v0", entry_point="envs:Tiny", kwargs=dict(action="multi"))
-gym.register("Tiny-sequence-v0", entry_point="envs:Tiny", kwargs=dict(obs="sequence"))
-gym.register("Tiny-raises-v0", entry_point="envs:Tiny", kwargs=dict(raise_at=60))
+        gym.register(f"Tiny-{kind}-{action}-v0", entry_point="toy_envs:Tiny", kwargs=dict(obs=kind, action=action))
+gym.register("Tiny-multi-v0", entry_point="toy_envs:Tiny", kwargs=dict(action="multi"))
+gym.register("Tiny-sequence-v0", entry_point="toy_envs:Tiny", kwargs=dict(obs="sequence"))
+gym.register("Tiny-raises-v0", entry_point="toy_envs:Tiny", kwargs=dict(raise_at=60))

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What goes wrong outside: kill -9, full disks, broken files, environments that raise, losses that are not finite."""
 
-import importlib
 import itertools
 import os
 import pathlib
@@ -14,14 +13,9 @@ import time
 
 import pytest
 import torch
-from test_common import AGENTS, experience, known, short
+from helpers import experience, known, short
 
 HERE = pathlib.Path(__file__).resolve().parent
-
-
-@pytest.fixture(params=AGENTS, scope="module")
-def module(request):
-    return importlib.import_module(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +180,7 @@ def test_disk_is_full(module, tmp_path, monkeypatch, file):
 
 def killed_runs(module, root, kills, steps):
     """Kill -9 a run at random moments, resume it, and so on, then let it end. -> its folder, checkpoints' steps."""
-    flags = dict(env_id="envs:Tiny-vector-box-v0", size="debug", device="cpu", num_envs=3, log_every=0.0)
+    flags = dict(env_id="toy_envs:Tiny-vector-box-v0", size="debug", device="cpu", num_envs=3, log_every=0.0)
     flags |= dict(total_timesteps=steps, learning_starts=20, checkpoint_every=5, run_root=str(root), train_ratio=1.0)
     flags |= dict(buffer_size=2 * steps)
     flags = known(module, {**flags, "seed_episodes": 1, "collect_interval": 4})

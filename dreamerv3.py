@@ -896,8 +896,8 @@ class Replay:
         for key, space in {**obs_space.spaces, "action": action_space}.items():
             spec[key] = space.shape, torch.from_numpy(np.zeros(0, space.dtype)).dtype
         spec |= {key: ((), torch.bool) for key in ("is_first", "is_last", "is_terminal")}
-        self.bytes = self.length * num_envs * sum(int(np.prod(s)) * dtype.itemsize for s, dtype in spec.values())
-        self.device = replay_device(self.bytes, device)
+        self.row_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in spec.values())
+        self.device = replay_device(capacity, self.row_bytes, device)
         zeros = partial(torch.zeros, self.length, num_envs, device=self.device)
         self.data = {key: zeros(*shape, dtype=dtype) for key, (shape, dtype) in spec.items()}
         self.rows = 0  # added so far for each environment, kept or not
@@ -970,6 +970,9 @@ class Replay:
 
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
+    modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]
+    if len(modes) > 1:
+        fail(f"{' '.join(modes)}: one of them at a time is allowed")
     if args.eval or args.dream:
         return show(args)
     saved = load(args.resume, need=("args", "agent", "now")) if args.resume else None
@@ -1150,16 +1153,18 @@ def pick_device(args):
     return device
 
 
-def replay_device(size, device):
-    """Where a replay of size bytes lies: on a GPU if half of its free memory will do, since the other half is for the
+def replay_device(capacity, row_bytes, device):
+    """Where a replay lies: on a GPU if half of its free memory will do, since the other half is for the
     networks, else in main memory. Stops where that is too small.
     """
+    size = capacity * row_bytes
     if device.type == "cuda" and size < 0.5 * torch.cuda.mem_get_info(device)[0]:
         return device
     memory = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
     free = [1024 * int(kib) for kib in re.findall(r"MemAvailable: +(\d+)", memory)]
     if free and size > free[0]:
-        fail(f"--buffer-size: takes {size / 2**30:.1f} GiB; allowed: the {free[0] / 2**30:.1f} GiB that are free")
+        gib = f"{size / 2**30:.1f} GiB of memory; allowed: the {free[0] / 2**30:.1f} GiB that are free"
+        fail(f"--buffer-size {capacity}: takes {gib}")
     return torch.device("cpu")
 
 
@@ -1432,8 +1437,6 @@ def load_agent(path, args=None):
 
 def show(args):
     """--eval or --dream: print the returns, leave a GIF beside the checkpoint."""
-    if args.eval and args.dream:
-        fail("--eval --dream: one of them at a time is allowed")
     path = Path(args.eval or args.dream)
     folder = path if path.is_dir() else path.parent
     agent, args = load_agent(path, args)
@@ -1462,10 +1465,10 @@ def open_run(args, agent, replay, saved):
         fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
     gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
     cpu = "CPU  <-- WARNING: no GPU; images will take days" if agent.decoder.images else "CPU (vectors: fine)"
-    size = f"{replay.bytes / 2**30:.1f} GiB of {'main' if replay.device.type == 'cpu' else 'GPU'} memory"
+    size, place = args.buffer_size * replay.row_bytes / 2**30, "main" if replay.device.type == "cpu" else "GPU"
     print(f"run       {run_dir}\ndevice    {gpu or cpu}; PyTorch {torch.__version__}")
     print(f"agent     {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
-    print(f"replay    {args.buffer_size:,} rows, {size}")
+    print(f"replay    {args.buffer_size:,} rows x {replay.row_bytes / 1024:.1f} KiB = {size:.1f} GiB of {place} memory")
     print(f"length    {args.total_timesteps:,} policy steps = {args.total_timesteps * args.action_repeat:,} frames")
     if args.track:
         import wandb

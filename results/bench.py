@@ -168,6 +168,7 @@ def measure(
         kernels.compiled(agent)
     cuda = agent.device.type == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
+    captured = lambda fn: module.Captured(fn, args.cuda_graph and cuda)  # as train does
     N = act or 4
     latents = getattr(agent, "latents", lambda state: {})  # what the replay keeps of a state, if anything
     extras = [{key: (x.shape[1:], x.dtype) for key, x in latents(agent.initial(N)).items()}] if stateful else []
@@ -185,20 +186,23 @@ def measure(
         obs = rng.integers(0, 256, (N, *shape), np.uint8) if image else rng.normal(size=(N, *shape)).astype(np.float32)
         history.append({"obs": obs, "reward": np.float32(ends), "is_first": ends | (i == 0), "is_last": ends})
     if act:
-        work = lambda: agent.act(history[0], ends, state)
+        run = captured(agent.act)
+        work = lambda: run(agent.inputs(history[0], state))
         work()
         ms, core = timed(work, wait, budget)
         return {"median ms": ms, "core s": core}
     for i in range(80):
-        blind = {} if stateful else {"random": True}  # no plans, which are slow
-        action, state = agent.act(history[i % 8], history[i % 8]["is_first"], state, **blind)
-        replay.add({**history[i % 8], "is_terminal": ends, "action": action, **latents(state)})
+        blind = {"random": True} if module.__name__ == "planet" else {}  # no plans, which are slow
+        state = agent.act(agent.inputs(history[i % 8], state), **blind)
+        replay.add({**history[i % 8], "is_terminal": ends, "action": agent.env_action(state), **latents(state)})
+
+    update = captured(agent.update)
 
     def work():
         batch = replay.sample(args.batch_size, args.batch_length + agent.context)
-        agent.update(batch)
+        result = update({key: x.to(agent.device) for key, x in batch.items()})
         if stateful:
-            replay.write(batch, agent.context)
+            replay.write(batch["index"][:, agent.context :], {key: result[key] for key in extras[0]})
 
     work()
     wait()

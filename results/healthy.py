@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 def scalars(run):
     """-> {name: [(updates so far, value), ...]} of losses and statistics."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    updates = {x.step: x.value for x in events.Scalars("charts/gradient_steps")}
+    updates = {x.step: x.value for x in events.Scalars("charts/updates")}
     names = [name for name in events.Tags()["scalars"] if name.split("/")[0] in ("losses", "stats")]
     return {name: [(updates[x.step], x.value) for x in events.Scalars(name)] for name in names}
 

@@ -2,6 +2,7 @@
 """What several test files use: short runs, experience of untrained agents, comparisons."""
 
 import dataclasses
+import functools
 import importlib
 import os
 
@@ -54,11 +55,25 @@ def experience(module, env_id="Tiny-both-discrete-v0", rows=40, num_envs=2, **fl
     extras = {key: (x.shape[1:], x.dtype) for key, x in latents(state).items()}
     replay = module.Replay(1000, num_envs, obs_space, action_space, agent.device, *([extras] if extras else []))
     for _ in range(rows):
-        action, state = agent.act(row, row["is_first"], state)
+        action, state = act(agent, row, state)
         replay.add({**row, "action": action, **latents(state)})
         row = module.next_row(envs, action, row)
     envs.close()
     return agent, replay
+
+
+def act(agent, row, state, **flags):
+    """-> actions for the environments, next state."""
+    state = agent.act(agent.inputs(row, state), **flags)
+    return agent.env_action(state), state
+
+
+def captured(module, agent, eval=False):
+    """The agent, with its update and its acting as CUDA graphs, as train and evaluate make them."""
+    on = agent.args.cuda_graph and agent.device.type == "cuda"
+    agent.update = module.Captured(agent.update, on)
+    agent.act = module.Captured(functools.partial(agent.act, eval=eval), on)
+    return agent
 
 
 def window(module, agent, replay, B=4):

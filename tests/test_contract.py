@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from helpers import AGENTS, Evil, experience, gif, host_waits, known, same, short, stateful, uniform, window
+from helpers import AGENTS, Evil, act, experience, gif, host_waits, known, same, short, stateful, uniform, window
 from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
 # --- a whole run ------------------------------------------------------------------------------------------------------
 
@@ -45,7 +46,7 @@ def test_debug_run(module, pong):
     assert folder.name.startswith(f"ALE-Pong-v5__{module.__name__}__1__")
     frames, (width, height) = gif(folder / "open_loop.gif")
     assert frames > 1 and width % 64 == 0 and height >= 3 * 64
-    saved = module.load(folder, "cpu")
+    saved = module.load(folder)
     assert pathlib.Path(module.__file__).read_text(encoding="utf-8") == saved["source"]
     assert saved["args"]["env_id"] == "ALE/Pong-v5" and not list(folder.rglob("*.tmp"))
 
@@ -56,8 +57,8 @@ def test_tensorboard(pong):
 
     folder = pathlib.Path(pong["run_dir"])
     events = EventAccumulator(str(folder)).Reload()
-    names = {"charts/SPS", "charts/frames", "charts/episodic_return", "charts/episodic_length", "charts/gradient_steps"}
-    names |= {"losses/total", "losses/image", "losses/reward", "perf/env_ms", "perf/train_ms"}
+    names = {"charts/SPS", "charts/frames", "charts/episodic_return", "charts/episodic_length", "charts/updates"}
+    names |= {"losses/total", "losses/image", "losses/reward"}
     assert names <= set(events.Tags()["scalars"])
     frames, lengths = events.Scalars("charts/frames")[-1], events.Scalars("charts/episodic_length")
     assert (frames.step, frames.value) == (400, 1600) and events.Scalars("charts/SPS")[-1].value > 0
@@ -91,7 +92,7 @@ def test_resume_flag(module, run_dir, pong):
     result = module.train(module.Args(resume=str(run_dir), total_timesteps=440, device="cpu"))
     assert result["run_dir"] == str(run_dir) and result["global_step"] == 440
     assert pong["updates"] < result["updates"] <= pong["updates"] + 10
-    assert module.load(run_dir, "cpu")["args"]["total_timesteps"] == 440
+    assert module.load(run_dir)["args"]["total_timesteps"] == 440
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])
@@ -154,9 +155,10 @@ def test_eval_is_noiseless(module, monkeypatch, action):
         latents_without_noise = lambda probs, noise=None: real(probs) if noise is None else mode(probs)
         monkeypatch.setattr(module, "sample_onehot", latents_without_noise)
     else:  # a plan rests on random candidates: the same plan for all
-        monkeypatch.setattr(agent, "captured_plan", lambda state: {"action": torch.zeros(64, agent.action_size)})
-    obs = {key: replay.data[key][9, :1].expand(64, *replay.data[key].shape[2:]) for key in ("image", "vector")}
-    actions = [agent.act(obs, np.ones(64, bool), agent.initial(64), eval=noiseless)[0] for noiseless in (True, False)]
+        monkeypatch.setattr(agent, "plan", lambda state: {"action": torch.zeros(64, agent.action_size)})
+    row = {key: replay.data[key][9, :1].expand(64, *replay.data[key].shape[2:]) for key in ("image", "vector")}
+    row["is_first"] = np.ones(64, bool)
+    actions = [act(agent, row, agent.initial(64), eval=noiseless)[0] for noiseless in (True, False)]
     distinct = [len({x.tobytes() for x in of.round(3)}) for of in actions]
     assert distinct[0] == 1 and distinct[1] > 2
 
@@ -184,7 +186,7 @@ def test_losses_fall_on_one_batch(module, action):
     agent, replay = experience(module, f"Tiny-both-{action}-v0", learning_rate=3e-3, warmup=1)
     batch = window(module, agent, replay)
     history = [agent.update({key: x.clone() for key, x in batch.items()}) for _ in range(100)]
-    table = {key: [float(stats[key]) for stats in history] for key in history[0]}
+    table = {key: [float(stats[key]) for stats in history] for key, x in history[0].items() if x.dim() == 0}
     assert all(np.isfinite(values).all() for values in table.values())
     factors = {"image": 4, "vector": 4, "reward": 2, "cont": 2}
     for key, factor in [(key, x) for key, x in factors.items() if f"losses/{key}" in table]:
@@ -208,18 +210,14 @@ def test_gradients_reach_the_encoder(module):
 
 @pytest.mark.parametrize("action", ["discrete", "box"])
 def test_update_never_waits_for_the_host(module, action):
-    """Neither does an update, nor what is captured of acting and of planning."""
+    """Neither does an update, nor acting, but for its result."""
     agent, replay = experience(module, f"Tiny-both-{action}-v0")
     batch = window(module, agent, replay)
     agent.update({key: x.clone() for key, x in batch.items()})
-    assert host_waits(lambda: agent.step(batch)) == set()
-    if hasattr(agent, "plan"):
-        assert host_waits(lambda: agent.plan(agent.rssm.initial(2))) == set()
-    if hasattr(agent, "act_step"):
-        inputs = {key: batch[key][:, 0] for key in (*agent.decoder.shapes, "is_first")}
-        inputs |= agent.initial(len(inputs["is_first"]))
-        for eval in (False, True):
-            assert host_waits(torch.no_grad()(lambda eval=eval: agent.act_step(inputs, eval))) == set()
+    assert host_waits(lambda: agent.update(batch)) == set()
+    inputs = agent.inputs({key: x[:, 0] for key, x in batch.items()}, agent.initial(len(batch["is_first"])))
+    for eval in (False, True):
+        assert host_waits(lambda eval=eval: agent.act(inputs, eval=eval)) == set()
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -235,11 +233,11 @@ def test_acting_forgets_at_is_first(module, action):
         torch.manual_seed(0)
         state = agent.initial(2)
         for t in history:
-            obs = {key: x[t].numpy() for key, x in rows.items()}
-            _, state = agent.act(obs, np.array([t == history[0]] * 2), state)
+            row = {key: x[t].numpy() for key, x in rows.items()} | {"is_first": np.array([t == history[0]] * 2)}
+            _, state = act(agent, row, state)
         torch.manual_seed(1)
-        obs = {key: x[30].numpy() for key, x in rows.items()}
-        states.append(agent.act(obs, np.array([is_first, is_first]), state))
+        row = {key: x[30].numpy() for key, x in rows.items()} | {"is_first": np.array([is_first, is_first])}
+        states.append(act(agent, row, state))
     assert same(states[0], states[1])
     assert not same(states[2][1], states[3][1]) and not same(states[0][1], states[2][1])
 
@@ -348,7 +346,7 @@ def played(module, agent, steps=12):
     torch.manual_seed(0)
     row, state, actions = module.start_row(envs, 0), agent.initial(2), []
     for _ in range(steps):
-        action, state = agent.act(row, row["is_first"], state)
+        action, state = act(agent, row, state)
         actions.append(action)
         row = module.next_row(envs, action, row)
     return actions, state
@@ -395,24 +393,23 @@ def test_save_is_atomic(module, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda state, file: (real({"x": 1}, file), file.flush(), 1 / 0))
     with pytest.raises(ZeroDivisionError):
         module.save(path, x=torch.arange(4))
-    assert torch.equal(module.load(path, "cpu")["x"], torch.arange(3))
+    assert torch.equal(module.load(path)["x"], torch.arange(3))
 
 
 def final(module, made, result):
     """All that makes up the future of a run."""
-    saved = module.load(result["run_dir"], "cpu")
+    saved = module.load(result["run_dir"])
     saved = {key: x for key, x in saved.items() if key not in ("args", "source")}
     saved["replay"] = {key: x for key, x in saved["replay"].items() if key != "files"}
     agent, replay = made["Agent"][-1], made["Replay"][-1]
     return {"saved": saved, "data": dict(replay.data), "played": played(module, agent)}
 
 
-def everything(agent, replay, now):
-    """A copy of what a checkpoint must bring back. returns, lengths: of episodes that a resumed run does not go on."""
-    now = {key: x for key, x in now.items() if key not in ("returns", "lengths")}
-    parts = agent.state_dict(), agent.optimizer.state_dict(), now, torch.get_rng_state()
-    counters = {key: x for key, x in replay.state_dict().items() if key != "files"}
-    return copy.deepcopy([*parts, counters, dict(replay.data)])
+def everything(made):
+    """A copy of what a checkpoint must bring back, but for the counters of train, which it holds as they are."""
+    agent, replay = made["Agent"][-1], made["Replay"][-1]
+    parts = agent.state_dict(), agent.optimizer.state_dict(), torch.get_rng_state()
+    return copy.deepcopy([*parts, replay.rows, getattr(replay, "online", None), dict(replay.data)])
 
 
 @pytest.mark.parametrize("env_id,where", [("Tiny-vector-box-v0", "step"), ("Tiny-image-discrete-v0", "save")])
@@ -423,56 +420,59 @@ def test_resume_is_exact(module, tmp_path, made, monkeypatch, env_id, where):
     step: killed long after the checkpoint. save: killed while the next one is written, after the files of the replay.
     """
     flags = dict(num_envs=3, total_timesteps=160, checkpoint_every=80)
-    calls, name = itertools.count(), {"step": "next_row", "save": "save"}[where]
-    real, save, saves, restores = getattr(module, name), module.checkpoint, [], []
+    steps, saves, restores, ends = itertools.count(), [], [], []
+    next_row, save, start_row = module.next_row, module.save, module.start_row
 
-    def killed(*args, **kwargs):
-        saving = where == "save" and pathlib.Path(args[0]).name == "checkpoint.pt"
-        if (where == "step" or saving) and next(calls) == {"step": 50, "save": 1}[where]:
+    def killed_step(*args):
+        if where == "step" and next(steps) == 50:
             raise KeyboardInterrupt
-        return real(*args, **kwargs)
+        return next_row(*args)
 
-    def saved_as(args, run_dir, agent, replay, now, writer):
-        saves.append(everything(agent, replay, now))
-        return save(args, run_dir, agent, replay, now, writer)
+    def killed_save(path, **parts):
+        if path.name == "checkpoint.pt":
+            saves.append(everything(made))
+            if where == "save" and len(saves) == 2:
+                raise KeyboardInterrupt
+        save(path, **parts)
 
-    monkeypatch.setattr(module, name, killed)
-    monkeypatch.setattr(module, "checkpoint", saved_as)
+    def restored(*args):
+        restores.append(everything(made))
+        return start_row(*args)
+
+    monkeypatch.setattr(module, "next_row", killed_step)
+    monkeypatch.setattr(module, "save", killed_save)
     with pytest.raises(KeyboardInterrupt):
         module.train(short(module, env_id, tmp_path / "killed", **flags))
-    monkeypatch.setattr(module, name, real)
-    monkeypatch.setattr(module, "checkpoint", save)
+    monkeypatch.setattr(module, "next_row", next_row)
+    monkeypatch.setattr(module, "save", save)
     (run,) = (tmp_path / "killed").iterdir()
-    saved = module.load(run, "cpu")
+    saved = module.load(run)
     assert 80 <= saved["now"]["step"] < 83 and saved["now"]["updates"] > 3
-    restore, ends = module.restore, []
-
-    def restored(saved, args, agent, replay, run_dir):
-        now = restore(saved, args, agent, replay, run_dir)
-        restores.append(everything(agent, replay, now))
-        return now
-
-    monkeypatch.setattr(module, "restore", restored)
+    monkeypatch.setattr(module, "start_row", restored)
     for copied in tmp_path / "a", tmp_path / "b":
         shutil.copytree(run, copied)
         torch.manual_seed(123)
         ends.append(final(module, made, module.train(module.Args(resume=str(copied), device="cpu"))))
     assert same(saves[0], restores[0]) and same(restores[0], restores[1])
     assert ends[0]["saved"]["now"]["step"] >= 160 and same(*ends)
+    before, after = saved["now"]["updates"], ends[0]["saved"]["now"]["updates"]
+    assert 0 < after - before < 2 * before + 20  # counters go on
 
 
-def test_resume_begins_new_episodes(module, tmp_path, made):
+def test_resume_begins_new_episodes(module, tmp_path, made, monkeypatch):
     """The interrupted episodes are marked as abandoned, returns are counted from the new start, resets are new ones."""
     first = module.train(short(module, "Tiny-vector-discrete-v0", tmp_path, num_envs=2, buffer_size=60))
-    rows, before = made["Replay"][-1].rows, made["Replay"][-1].data
+    rows, before, lengths = made["Replay"][-1].rows, made["Replay"][-1].data, []
     assert rows > 30
-    module.train(module.Args(resume=first["run_dir"], total_timesteps=130, device="cpu"))
+    real = SummaryWriter.add_scalar
+    note = lambda self, key, x, step: (lengths.append(x) if key.endswith("_length") else None, real(self, key, x, step))
+    monkeypatch.setattr(SummaryWriter, "add_scalar", note)
+    module.train(module.Args(resume=first["run_dir"], total_timesteps=150, device="cpu"))
     replay = made["Replay"][-1]
-    assert replay.data["is_first"][rows % 30].all() and rows < replay.rows < rows + 20
+    assert replay.data["is_first"][rows % 30].all() and rows < replay.rows < rows + 30
     assert not torch.equal(replay.data["vector"][rows % 30], before["vector"][0])
-    assert (
-        max(module.load(first["run_dir"], "cpu")["now"]["lengths"]) <= replay.rows - rows
-    )  # counted from the new start
+    last = replay.data["is_last"][torch.arange(rows, replay.rows) % 30]
+    assert lengths[0] == min(int(last[:, n].nonzero()[0, 0]) for n in range(2))  # counted from the new start
     batch = uniform(replay, 400, 9)
     assert torch.equal(batch["is_last"][:, :-1], batch["is_first"][:, 1:])
 

@@ -92,7 +92,7 @@ def test_no_renderer(module, tmp_path, capsys):
 
 def test_other_checkpoints(module, run, capsys):
     """Truncated, of other shapes, of another version of the file, with a truncated or a missing part of the replay."""
-    path, state = run / "checkpoint.pt", module.load(run, "cpu")
+    path, state = run / "checkpoint.pt", module.load(run)
     whole = path.read_bytes()
     for flag in "resume", "eval", "dream":
         path.write_bytes(whole[: len(whole) // 2])
@@ -130,7 +130,7 @@ def stopped(module, args, *texts):
 
 def goes_on(module, run, at):
     """The last checkpoint of a run is from step `at`, whole, and can be resumed."""
-    assert at <= module.load(run, "cpu")["now"]["step"] < at + 3
+    assert at <= module.load(run)["now"]["step"] < at + 3
     assert module.train(module.Args(resume=str(run), total_timesteps=130, device="cpu"))["global_step"] >= 130
 
 
@@ -148,7 +148,7 @@ def test_loss_is_not_finite(module, tmp_path, monkeypatch):
     args = short(module, "Tiny-vector-discrete-v0", tmp_path, checkpoint_every=40)
     run = stopped(module, args, "policy step ", "losses/", "is nan", "holds the last checkpoint")
     monkeypatch.setattr(module.Agent, "update", real)
-    saved = module.load(run, "cpu")
+    saved = module.load(run)
     assert all(torch.isfinite(x).all() for x in saved["agent"].values())
     goes_on(module, run, saved["now"]["step"])
 
@@ -157,7 +157,7 @@ def test_environment_raises(module, tmp_path):
     """The run stops with the step and the words of the environment."""
     args = short(module, "Tiny-raises-v0", tmp_path, checkpoint_every=40)
     run = stopped(module, args, "policy step ", "ValueError: the simulator broke", str(tmp_path))
-    assert 40 <= module.load(run, "cpu")["now"]["step"] < 43
+    assert 40 <= module.load(run)["now"]["step"] < 43
 
 
 @pytest.mark.parametrize("file", ["rows", "checkpoint"])
@@ -204,7 +204,7 @@ def killed_runs(module, root, kills, steps):
         text = log.read_text()
         assert process.returncode in (0, -signal.SIGKILL), text
         (run,) = root.iterdir()
-        saved = module.load(run, "cpu") if (run / "checkpoint.pt").exists() else {"now": {"step": 0}}
+        saved = module.load(run) if (run / "checkpoint.pt").exists() else {"now": {"step": 0}}
         lines = [line.split()[1].split("/")[0] for line in text.splitlines() if "steps/s" in line]
         reached = max([int(step.replace(",", "")) for step in lines], default=0)
         assert saved["now"]["step"] >= reached - 5 - 3, text  # at most an interval, and the rows of one step, are lost
@@ -218,11 +218,11 @@ def check_kills(module, tmp_path, kills, steps):
     run, seen = killed_runs(module, tmp_path / "runs", kills, steps)
     print("steps of the checkpoints at the kills:", seen)
     assert len(seen) == kills + 1 and len(set(seen)) > kills // 3 and seen == sorted(seen)
-    state = module.load(run, "cpu")
+    state = module.load(run)
     assert steps <= state["now"]["step"] < steps + 3
     spans = [(first, end) for first, end, _ in state["replay"]["files"]]
     assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False)) and spans[-1][1] == state["replay"]["rows"]
-    parts = [module.load(run / "replay" / name, "cpu") for _, _, name in state["replay"]["files"]]
+    parts = [module.load(run / "replay" / name) for _, _, name in state["replay"]["files"]]
     rows = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     assert all(len(x) == spans[-1][1] - spans[0][0] for x in rows.values())
     assert spans[0][0] == 0 and (~rows["is_last"]).sum() == state["now"]["step"]  # every step once, none twice

@@ -542,7 +542,7 @@ def test_optimizer():
 
 
 def test_slow_critic():
-    """Fixture 09: the slow critic after each Agent.step, with a critic that stands still."""
+    """Fixture 09: the slow critic after each Agent.update, with a critic that stands still."""
     data = Case("09_optimizer", "slow")
     agent = make_agent(make_args(data.cfg))
     (inputs, units), bins = data["in/val/mlp/linear0/kernel"].shape, len(data["in/val/head/logits/bias"])
@@ -556,7 +556,7 @@ def test_slow_critic():
     agent.optimizer.step = lambda grads: torch.zeros(())
     names, history = data.names("out/"), []
     for _ in range(len(data[f"out/{names[0]}"])):
-        agent.step({})
+        agent.update({})
         history.append([official(parameter(agent, f"slowval/{name}")).clone() for name in names])
     for name, steps in zip(names, zip(*history, strict=True), strict=True):
         data.check(f"out/{name}", torch.stack(steps))

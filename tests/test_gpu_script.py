@@ -80,6 +80,6 @@ def test_weights_fit(tmp_path, monkeypatch):
     for most in 10**9, 1000:
         gpu.shrink(saved, tmp_path / "weights.pt", most)
         again, _ = dreamerv3.load_agent(tmp_path / "weights.pt")
-        states = [x.act(row, row["is_first"], x.initial(1), eval=True)[1]["deter"] for x in (agent, again)]
+        states = [x.act(x.inputs(row, x.initial(1)), eval=True)["deter"] for x in (agent, again)]
         assert (states[0] - states[1]).abs().max() < 0.02
     assert (tmp_path / "weights.pt").stat().st_size < 0.45 * saved.stat().st_size

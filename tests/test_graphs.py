@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """What is captured on a GPU, captured on the CPU by graphs.py: bit by bit what the eager functions do."""
 
-import contextlib
+import functools
 import types
 
 import graphs
 import pytest
 import torch
-from helpers import AGENTS, experience, gumbel_agent, merlin_agent, merlin_window, same, window
+from helpers import AGENTS, act, captured, experience, gumbel_agent, merlin_agent, merlin_window, same, window
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import merlin
@@ -34,7 +34,7 @@ def test_the_recorder(monkeypatch):
 
 
 def pair(module, monkeypatch, make):
-    """-> an eager agent, and one of the same weights that captures. make: () -> agent, ..."""
+    """-> an eager agent, and one of the same weights whose functions are then captured. make: () -> agent, ..."""
     eager = make()
     graphs.install(monkeypatch, module)
     return eager, make()
@@ -70,6 +70,7 @@ def test_updates_of_patched_file(variant, monkeypatch):
 def check_updates(module, monkeypatch, **flags):
     flags = dict(warmup=1, **flags)
     (eager, replay), (graph, _) = pair(module, monkeypatch, lambda: experience(module, **flags))
+    captured(module, graph)
     batches = [window(module, eager, replay, B) for B in (4, 4, 4, 4, 4, 4, 2, 2, 2, 2, 2, 4)]
     batches = [{key: x.roll(i, 0) for key, x in batch.items()} for i, batch in enumerate(batches)]
     scaled = {key: x * 0.9 if x.is_floating_point() else x.clone() for key, x in eager.state_dict().items()}
@@ -89,24 +90,26 @@ def check_updates(module, monkeypatch, **flags):
 def test_acting(module, eval, monkeypatch):
     """Two environments, one, and two again, with an update between: the same actions and states."""
     (eager, replay), (graph, _) = pair(module, monkeypatch, lambda: experience(module))
+    eager.act, _ = functools.partial(eager.act, eval=eval), captured(module, graph, eval)
     states, batch = {}, window(module, eager, replay)
 
-    def act(agent, i):
+    def played(agent, i):
         N = 1 if 6 <= i < 12 else 2
         if i == 8:
             agent.update({key: x.clone() for key, x in batch.items()})
         state = states.get((id(agent), N), agent.initial(N))
-        obs = {key: replay.data[key][i, :N] for key in agent.decoder.shapes}
-        action, states[id(agent), N] = agent.act(obs, replay.data["is_first"][i, :N], state, eval=eval)
+        row = {key: x[i, :N] for key, x in replay.data.items()}
+        action, states[id(agent), N] = act(agent, row, state)
         return {"played": torch.as_tensor(action), **states[id(agent), N]}
 
-    compare((eager, graph), act, 16)
+    compare((eager, graph), played, 16)
 
 
 @pytest.mark.parametrize("agent", ["merlin", "rl_mem", "rl_lstm"])
 def test_windows(agent, monkeypatch):
     """Windows played and learned from, where memory is written in place while acting."""
     (rows, eager), (_, graph) = pair(merlin, monkeypatch, lambda: merlin_agent(agent=agent))
+    captured(merlin, graph)
     for group in graph.optimizer.param_groups + eager.optimizer.param_groups:
         group["capturable"] = True  # as on a GPU
 
@@ -152,7 +155,7 @@ def test_rows_and_batches_do_not_wait(module):
     extras = {key: (rows[key].shape[1:], rows[key].dtype) for key in ("deter", "stoch") if key in rows}
     there = module.Replay(1000, 2, obs_space, agent.action_space, meta, *([extras] if extras else []))
     row = {key: x.to(meta) if key in extras else x for key, x in rows.items()} | {"is_first": [True, True]}
-    obs, is_first = {key: rows[key].numpy() for key in agent.decoder.shapes}, rows["is_first"].numpy()
+    obs = {key: rows[key].numpy() for key in (*agent.decoder.shapes, "is_first")}
     agent.to(meta).device, given = meta, len(rows) - len(extras)
     state = agent.initial(2)
     with Copies() as copies:
@@ -161,9 +164,8 @@ def test_rows_and_batches_do_not_wait(module):
         assert len(copies.found) == 40 * given
         there.sample(4, 5)
         assert len(copies.found) == 40 * given + 1
-        with contextlib.suppress(NotImplementedError, RuntimeError):  # the action itself, which cannot be read
-            agent.act(obs, is_first, state)
-    assert len(copies.found) == 40 * given + 1 + len(obs) + 1 and all(copies.found)
+        agent.inputs(obs, state)
+    assert len(copies.found) == 40 * given + 1 + len(obs) and all(copies.found)
 
 
 class Doubled(torch.autograd.Function):

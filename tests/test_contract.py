@@ -424,7 +424,15 @@ def test_resume_is_exact(module, tmp_path, made, monkeypatch, env_id, where):
     """
     flags = dict(num_envs=3, total_timesteps=160, checkpoint_every=80)
     calls, name = itertools.count(), {"step": "next_row", "save": "save"}[where]
-    real, save, saves, restores = getattr(module, name), module.checkpoint, [], []
+    save, saves, restores = module.save, [], []
+
+    def saved_as(path, **state):
+        if path.name == "checkpoint.pt":
+            saves.append(everything(made["Agent"][-1], made["Replay"][-1], state["now"]))
+        return save(path, **state)
+
+    monkeypatch.setattr(module, "save", saved_as)
+    real = getattr(module, name)
 
     def killed(*args, **kwargs):
         saving = where == "save" and pathlib.Path(args[0]).name == "checkpoint.pt"
@@ -432,24 +440,19 @@ def test_resume_is_exact(module, tmp_path, made, monkeypatch, env_id, where):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    def saved_as(args, run_dir, agent, replay, now, writer):
-        saves.append(everything(agent, replay, now))
-        return save(args, run_dir, agent, replay, now, writer)
-
     monkeypatch.setattr(module, name, killed)
-    monkeypatch.setattr(module, "checkpoint", saved_as)
     with pytest.raises(KeyboardInterrupt):
         module.train(short(module, env_id, tmp_path / "killed", **flags))
     monkeypatch.setattr(module, name, real)
-    monkeypatch.setattr(module, "checkpoint", save)
+    monkeypatch.setattr(module, "save", save)
     (run,) = (tmp_path / "killed").iterdir()
     saved = module.load(run, "cpu")
     assert 80 <= saved["now"]["step"] < 83 and saved["now"]["updates"] > 3
     restore, ends = module.restore, []
 
-    def restored(saved, args, agent, replay, run_dir):
-        now = restore(saved, args, agent, replay, run_dir)
-        restores.append(everything(agent, replay, now))
+    def restored(*given):
+        now = restore(*given)
+        restores.append(everything(made["Agent"][-1], made["Replay"][-1], now))
         return now
 
     monkeypatch.setattr(module, "restore", restored)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""python kills.py FILE ROOT: runs of a file in ROOT/MOMENT, each killed with -9 at another moment of its second save."""
+"""python kills.py FILE ROOT: runs of a file in ROOT/MOMENT, each killed with -9 in its second save."""
 
 import importlib
 import io

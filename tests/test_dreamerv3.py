@@ -116,7 +116,7 @@ def test_compiled_steps_equal_plain_ones():
         agent, replay = experience(d3)
         batch = window(d3, agent, replay)
         torch.manual_seed(5)
-        update = lambda: agent.update(batch)
+        update = lambda agent=agent, batch=batch: agent.update(batch)
         if on:
             kernels.compiled(agent)
             stats, codes = run_and_get_code(update)

@@ -983,15 +983,14 @@ def train(args: Args) -> dict:
     envs = make_envs(args.env_id, args.num_envs, args.seed, args)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     agent = Agent(obs_space, action_space, args)
-    device, state = agent.device, agent.initial(args.num_envs)
+    device, cuda, state = agent.device, agent.device.type == "cuda", agent.initial(args.num_envs)
     latents = {key: (x.shape[1:], x.dtype) for key, x in agent.latents(state).items()}
     replay = Replay(args.buffer_size, args.num_envs, obs_space, action_space, device, latents)
-    cuda = device.type == "cuda"
     update, act = (Captured(fn, args.cuda_graph and cuda) for fn in (agent.update, agent.act))
     run_dir, writer = open_run(args, agent, replay, saved)
     rows, replayed = args.batch_length + Agent.context, args.batch_size * args.batch_length  # in a window; by an update
-    every, ratio = replayed / args.train_ratio, f"each is replayed {args.train_ratio:g} times (--train-ratio)"
-    print(f"training  an update on {replayed:,} steps per {every:g} policy steps: {ratio}", flush=True)
+    often = f"per {replayed / args.train_ratio:g} policy steps: each is replayed {args.train_ratio:g} times"
+    print(f"training  an update on {replayed:,} steps {often} (--train-ratio)", flush=True)
     step, updates, first_step, recent = 0, 0, None, []  # first_step: at the first update; recent: last 20 returns
     if saved:  # new episodes begin: the interrupted ones stand in the replay as abandoned
         load_weights(agent, saved, run_dir)
@@ -1029,15 +1028,15 @@ def train(args: Args) -> dict:
                 writer.add_scalar("charts/episodic_length", lengths[n], step)
 
             done = step >= args.total_timesteps
-            score = float(np.mean(recent)) if recent else float("nan")
             if done or time.time() - began > args.log_every:
                 speed = max(1, step - since) / (time.time() - began)
                 charts = {"charts/SPS": speed, "charts/frames": step * args.action_repeat, "charts/updates": updates}
                 for key, value in {**finite(stats), **charts}.items():
                     writer.add_scalar(key, value, step)
+                score, loss = np.mean(recent or [np.nan]), stats.get("losses/total", np.nan)
                 progress = f"step {step:,}/{args.total_timesteps:,}  return {score:.1f}  {speed:.1f} steps/s"
-                loss, left = stats.get("losses/total", float("nan")), (args.total_timesteps - step) / speed / 60
-                print(f"{progress}  updates {updates:,}  loss {loss:.1f}  left {max(0, left):.0f} min", flush=True)
+                left = max(0, args.total_timesteps - step) / speed / 60
+                print(f"{progress}  updates {updates:,}  loss {loss:.1f}  left {left:.0f} min", flush=True)
                 began, since = time.time(), step
             if done or before // args.checkpoint_every < step // args.checkpoint_every:
                 finite(stats)  # what is broken is not saved
@@ -1057,6 +1056,7 @@ def train(args: Args) -> dict:
     finally:
         writer.close()  # first: the environments of a broken simulator may raise again
         envs.close()
+    score = float(np.mean(recent or [np.nan]))
     return {"run_dir": str(run_dir), "global_step": step, "updates": updates, "episodic_return": score, **finite(stats)}
 
 

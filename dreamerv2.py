@@ -680,10 +680,9 @@ class Agent(nn.Module):
             draw = torch.rand(inputs["action"].shape, device=self.device)  # (N, A)
             action = self.onehot(draw.argmax(-1)) if self.actor.discrete else 2 * draw - 1
             return {**self.rssm.initial(len(draw)), "action": action}
-        obs = {key: inputs[key][:, None] for key in self.decoder.shapes}
+        obs = self.encoder.preprocess({key: inputs[key][:, None] for key in self.decoder.shapes})
         with self.autocast():
-            embed = self.encoder(self.encoder.preprocess(obs))
-            post = self.rssm.observe(embed, inputs["action"][:, None], inputs["is_first"][:, None], inputs)
+            post = self.rssm.observe(self.encoder(obs), inputs["action"][:, None], inputs["is_first"][:, None], inputs)
             state = {key: post[key][:, 0] for key in ("deter", "stoch")}
             feat = self.rssm.feat(state)  # (N, F)
             return {**state, "action": self.actor.mode(feat) if eval else self.actor.sample(feat)}
@@ -699,11 +698,11 @@ class Agent(nn.Module):
         statistics.
         """
         args, (action, is_first) = self.args, self.previous(batch)
+        obs = self.encoder.preprocess({key: batch[key] for key in self.decoder.shapes})
         with self.autocast():
-            obs = self.encoder.preprocess({key: batch[key] for key in self.decoder.shapes})
             post = self.rssm.observe(self.encoder(obs), action, is_first, self.rssm.initial(len(action)))
-            prior_logits = self.rssm.prior(post["deter"])  # (B, T, S, K)
             feat = self.rssm.feat(post)  # (B, T, F)
+            prior_logits = self.rssm.prior(post["deter"])  # (B, T, S, K)
             recon = self.decoder(feat)
             reward = self.reward(feat)[..., 0]  # (B, T)
             cont_logit = self.cont(feat)[..., 0] if self.cont else None

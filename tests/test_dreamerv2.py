@@ -237,14 +237,40 @@ def test_size_auto(env_id, obs, size, repeat):
     assert (args.size, args.action_repeat) == (size, repeat)
 
 
-def test_atari_action_sets():
-    """The paper's 18, the code's minimal ones."""
-    for size, count in ("atari", 18), ("atari-fast", 6):
-        args = dreamerv2.resolve(dreamerv2.Args(size=size))
-        envs = dreamerv2.make_envs(args.env_id, 1, 0, args)
-        assert envs.single_action_space.n == count
-        assert envs.single_observation_space["image"].shape == (64, 64, 1)
-        envs.close()
+@pytest.mark.parametrize(
+    "flags,protocol,count",
+    [
+        (dict(size="atari"), "200m", 18),
+        (dict(size="atari-fast"), "200m-minimal", 6),
+        (dict(), "200m-minimal", 6),
+        (dict(size="debug"), "200m", 18),
+        (dict(size="atari-fast", atari_protocol="200m"), "200m", 18),
+        (dict(size="atari", atari_protocol="200m-minimal"), "200m-minimal", 6),
+    ],
+)
+def test_atari_action_sets(flags, protocol, count):
+    """The paper's 18, the code's minimal ones: by size, where the flag does not say; gray and sticky both."""
+    args = dreamerv2.resolve(dreamerv2.Args(**flags))
+    envs = dreamerv2.make_envs(args.env_id, 1, 0, args)
+    assert args.atari_protocol == protocol and envs.single_action_space.n == count
+    assert envs.single_observation_space["image"].shape == (64, 64, 1)
+    envs.close()
+    settings = dreamerv2.ATARI[protocol]
+    assert settings["repeat_action_probability"] == 0.25 and len(dreamerv2.ATARI) == 3
+
+
+def test_atari_protocol_needs_ale(capsys):
+    """Elsewhere the flag is refused, but for what the size says anyway, which a resumed run hands on."""
+    for size, own in ("debug", "200m"), ("small", "200m"), ("atari-fast", "200m-minimal"):
+        for protocol in dreamerv2.ATARI:
+            args = dreamerv2.Args(env_id="CartPole-v1", size=size, atari_protocol=protocol)
+            if protocol == own:
+                assert dreamerv2.resolve(dreamerv2.resolve(args)).atari_protocol == own
+                continue
+            with pytest.raises(SystemExit) as stop:
+                dreamerv2.resolve(args)
+            error = capsys.readouterr().err
+            assert stop.value.code == 2 and f"--atari-protocol {protocol}" in error and "ALE" in error
 
 
 @pytest.mark.parametrize(
@@ -307,7 +333,8 @@ def test_observe_is_its_plain_form(variant, norm):
     embed = torch.randn(B, T, agent.encoder.size, dtype=torch.float64, requires_grad=True)
     action, is_first = torch.eye(3, dtype=torch.float64)[torch.randint(3, (B, T))], torch.rand(B, T) < 0.3
     torch.manual_seed(3)
-    noise = rssm.draw(B, T).double()
+    noise = torch.empty(B, T, *rssm.initial(B)["stoch"].shape[1:], dtype=torch.float64)
+    noise = noise.normal_() if "gaussian" in variant.__name__ else noise.exponential_()
     fast = rssm.observe(embed, action, is_first, rssm.initial(B), noise)
     state, plain = rssm.initial(B), []
     for t in range(T):
@@ -316,8 +343,8 @@ def test_observe_is_its_plain_form(variant, norm):
         x = rssm.inputs(torch.cat([stoch.flatten(1), action[:, t] * keep], -1))
         deter = rssm.cell(torch.nn.functional.elu(rssm.inputs_norm(x)), deter)
         x = rssm.post_norm(rssm.post_in(torch.cat([deter, embed[:, t]], -1)))
-        logits = rssm.unflatten(rssm.post_out(torch.nn.functional.elu(x)))
-        state = {"deter": deter, "stoch": rssm.sample(logits, noise[:, t]), "logits": logits}
+        logits = rssm.post_out(torch.nn.functional.elu(x)).unflatten(-1, (rssm.args.stoch, -1))
+        state = {"deter": deter, "stoch": rssm.draw(logits, noise[:, t]), "logits": logits}
         plain.append(state)
     for key, x in fast.items():
         assert torch.allclose(
@@ -747,7 +774,8 @@ def test_ends_flag(made, tmp_path, ends):
 def test_random_actions(action_space):
     """Uniform over the classes, or over the box; the state is empty but for the action."""
     agent, N = agent_of(action_space), 20_000
-    action, state = agent.act({}, np.zeros(N, bool), agent.initial(N), random=True)
+    state = agent.act(agent.initial(N), random=True)
+    action = agent.env_action(state)
     assert (state["deter"] == 0).all() and (state["stoch"] == 0).all()
     if agent.actor.discrete:
         assert close(torch.bincount(torch.as_tensor(action), minlength=4) / N, torch.full((4,), 0.25), N)
@@ -763,12 +791,7 @@ def test_acting_and_training_agree(monkeypatch):
     mode = lambda logp, noise=None: torch.zeros_like(logp).scatter_(-1, logp.argmax(-1, keepdim=True), 1.0)
     monkeypatch.setattr(dreamerv2, "sample_onehot", mode)
     states, real = [], dreamerv2.Agent.act
-
-    def spy(self, *args, **flags):
-        action, state = real(self, *args, **flags)
-        states.append(state)
-        return action, state
-
+    spy = lambda self, inputs, **flags: states.append(real(self, inputs, **flags)) or states[-1]
     monkeypatch.setattr(dreamerv2.Agent, "act", spy)
     agent, replay = experience(dreamerv2, "Tiny-both-discrete-v0", rows=60, num_envs=1)
     start = int(replay.data["is_first"][:40, 0].nonzero()[2, 0])

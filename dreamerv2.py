@@ -41,7 +41,7 @@ Where sources disagree:
 - The discount of Atari is 0.999, in the text and in every released configuration; 0.995 in the table only.
 - A reward comes with the state it leads to, and a return begins with the reward of its own state. The code then pairs
   an action with V_{t+1} - v_t, the paper with V_t - v_t: --advantage.
-- All 18 Atari actions (paper, --atari-protocol 200m) or those that the game knows (code, 200m-minimal).
+- All 18 Atari actions (paper, --atari-protocol 200m) or those that the game knows (code, fast).
 - One update per 4 policy steps (paper, --size atari); the code counts so that it is one per 16 (--size atari-fast).
 
 Differs from paper and code, on purpose:
@@ -91,7 +91,7 @@ class Args:
     env_kwargs: str = "{}"  # arguments for the environment, as JSON
     num_envs: int = 1  # environments stepped together; code: 1
     action_repeat: int | None = None  # frames per policy step; Atari 4, dm_control 2, else 1
-    atari_protocol: Literal["100k", "200m", "200m-minimal"] | None = None  # see ATARI; by --size 200m, or few actions
+    atari_protocol: Literal["100k", "200m", "fast"] | None = None  # RGB | gray, sticky, 18 actions | the same, few
     obs: Literal["vector", "image", "both"] = "image"  # dm_control only: state vectors, 64x64 camera, or both
     seed: int = 1  # of weights, sampling and environments
     size: Size = "auto"  # networks, losses, schedule; auto: atari-fast for ALE, dmc-* for dm_control, else small
@@ -145,7 +145,7 @@ class Args:
 # fmt: off
 PRESETS = {  # debug and small are ours: for a CPU
     #                        debug   small   atari       atari-fast      dmc-*    crafter
-    "atari_protocol":       ("200m", "200m", "200m",     "200m-minimal", "200m",  "200m"),
+    "atari_protocol":       ("200m", "200m", "200m",     "fast", "200m",  "200m"),
     "total_timesteps":      (400,    50_000, 50_000_000, 5_000_000,      500_000, 1_000_000),
     "batch_size":           (4,      16,     50,         16,             16,      16),
     "batch_length":         (8,      50,     50,         50,             50,      50),
@@ -175,11 +175,11 @@ PRESETS = {  # debug and small are ours: for a CPU
 COLUMNS = "debug", "small", "atari", "atari-fast", "dmc-vision", "crafter"
 SIZES = {size: {flag: row[i] for flag, row in PRESETS.items()} for i, size in enumerate(COLUMNS)}
 SIZES["dmc-proprio"] = SIZES["dmc-vision"]
-ATARI = {  # settings of ALE by --atari-protocol
+ATARI = {  # settings of ALE by --atari-protocol; fast: as in the code's last state
     "100k": dict(img_height=64, img_width=64, grayscale=False, full_action_space=False, repeat_action_probability=0.0),
     "200m": dict(img_height=64, img_width=64, grayscale=True, full_action_space=True, repeat_action_probability=0.25),
+    "fast": dict(img_height=64, img_width=64, grayscale=True, full_action_space=False, repeat_action_probability=0.25),
 }
-ATARI["200m-minimal"] = {**ATARI["200m"], "full_action_space": False}  # all 18 actions, or those that the game knows
 # fmt: on
 SIDES = (64,)  # of images: the transposed convolutions end at 64
 
@@ -673,11 +673,11 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, inputs, eval=False, random=False):
-        """-> the next state, with "action" (N, A) for what to do now. eval: the most likely action; random: uniform
-        ones, where the observation is not looked at, and the state begins anew.
+        """-> the next state, with "action" (N, A) for what to do now. eval: the most likely action; random: a uniform
+        one, where the observation is not looked at, and the latent state begins anew.
         """
         if random:
-            draw = torch.rand(inputs["action"].shape, device=self.device)  # (N, A)
+            draw = torch.rand(len(inputs["is_first"]), self.actor.size, device=self.device)  # (N, A)
             action = self.onehot(draw.argmax(-1)) if self.actor.discrete else 2 * draw - 1
             return {**self.rssm.initial(len(draw)), "action": action}
         obs = self.encoder.preprocess({key: inputs[key][:, None] for key in self.decoder.shapes})

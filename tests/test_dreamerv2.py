@@ -241,11 +241,11 @@ def test_size_auto(env_id, obs, size, repeat):
     "flags,protocol,count",
     [
         (dict(size="atari"), "200m", 18),
-        (dict(size="atari-fast"), "200m-minimal", 6),
-        (dict(), "200m-minimal", 6),
+        (dict(size="atari-fast"), "fast", 6),
+        (dict(), "fast", 6),
         (dict(size="debug"), "200m", 18),
         (dict(size="atari-fast", atari_protocol="200m"), "200m", 18),
-        (dict(size="atari", atari_protocol="200m-minimal"), "200m-minimal", 6),
+        (dict(size="atari", atari_protocol="fast"), "fast", 6),
     ],
 )
 def test_atari_action_sets(flags, protocol, count):
@@ -261,7 +261,7 @@ def test_atari_action_sets(flags, protocol, count):
 
 def test_atari_protocol_needs_ale(capsys):
     """Elsewhere the flag is refused, but for what the size says anyway, which a resumed run hands on."""
-    for size, own in ("debug", "200m"), ("small", "200m"), ("atari-fast", "200m-minimal"):
+    for size, own in ("debug", "200m"), ("small", "200m"), ("atari-fast", "fast"):
         for protocol in dreamerv2.ATARI:
             args = dreamerv2.Args(env_id="CartPole-v1", size=size, atari_protocol=protocol)
             if protocol == own:
@@ -774,7 +774,7 @@ def test_ends_flag(made, tmp_path, ends):
 def test_random_actions(action_space):
     """Uniform over the classes, or over the box; the state is empty but for the action."""
     agent, N = agent_of(action_space), 20_000
-    state = agent.act(agent.initial(N), random=True)
+    state = agent.act({"is_first": torch.zeros(N)}, random=True)
     action = agent.env_action(state)
     assert (state["deter"] == 0).all() and (state["stoch"] == 0).all()
     if agent.actor.discrete:

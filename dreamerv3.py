@@ -1017,8 +1017,8 @@ def train(args: Args) -> dict:
                     stats = dict(update(batch))  # a GPU works on it while the environments step
                     replay.write(batch["index"][:, Agent.context :], {key: stats.pop(key) for key in latents})
                     updates += 1
-                    if not cuda:
-                        finite(stats)
+                if not cuda:  # a GPU is waited for only when something is logged or saved
+                    finite(stats)
 
             before, step = step, step + int((~row["is_last"]).sum())  # a reset is no step
             row = next_row(envs, action, row)
@@ -1154,18 +1154,18 @@ def pick_device(args):
 
 
 def replay_device(capacity, row_bytes, device):
-    """Where a replay lies: on a GPU if half of its free memory will do, since the other half is for the
-    networks, else in main memory. Stops where that is too small.
+    """Where a replay lies: on a GPU if half of its free memory will do, since the other half is for the networks, else
+    in main memory. Stops where that is too small.
     """
-    size = capacity * row_bytes
-    if device.type == "cuda" and size < 0.5 * torch.cuda.mem_get_info(device)[0]:
-        return device
-    memory = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
-    free = [1024 * int(kib) for kib in re.findall(r"MemAvailable: +(\d+)", memory)]
-    if free and size > free[0]:
-        gib = f"{size / 2**30:.1f} GiB of memory; allowed: the {free[0] / 2**30:.1f} GiB that are free"
-        fail(f"--buffer-size {capacity}: takes {gib}")
-    return torch.device("cpu")
+    size, memory = capacity * row_bytes, Path("/proc/meminfo")
+    if device.type == "cuda" and size > 0.5 * torch.cuda.mem_get_info(device)[0]:
+        device = torch.device("cpu")
+    if device.type == "cpu" and memory.exists():
+        free = 1024 * int(re.search(r"MemAvailable: +(\d+)", memory.read_text())[1])
+        gib = f"{size / 2**30:.1f} GiB of memory, of which {free / 2**30:.1f} are free"
+        if size > free:
+            fail(f"--buffer-size {capacity}: takes {gib}; allowed: fewer rows")
+    return device
 
 
 def tune(args):

@@ -448,11 +448,13 @@ def test_resume_is_exact(module, tmp_path, made, monkeypatch, env_id, where):
     (run,) = (tmp_path / "killed").iterdir()
     saved = module.load(run)
     assert 80 <= saved["now"]["step"] < 83 and saved["now"]["updates"] > 3
-    monkeypatch.setattr(module, "start_row", restored)
     for copied in tmp_path / "a", tmp_path / "b":
         shutil.copytree(run, copied)
         torch.manual_seed(123)
-        ends.append(final(module, made, module.train(module.Args(resume=str(copied), device="cpu"))))
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "start_row", restored)
+            result = module.train(module.Args(resume=str(copied), device="cpu"))
+        ends.append(final(module, made, result))
     assert same(saves[0], restores[0]) and same(restores[0], restores[1])
     assert ends[0]["saved"]["now"]["step"] >= 160 and same(*ends)
     before, after = saved["now"]["updates"], ends[0]["saved"]["now"]["updates"]

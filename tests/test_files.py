@@ -36,7 +36,7 @@ SECTIONS = [  # those of Replay and make_envs: in agents only
     "class Replay",
     "# === Part 2: training ===",
     "def train",
-    "# === Part 3: plumbing ===",
+    "# === Part 3: plumbing",
     "def make_envs",
     "def evaluate",
     'if __name__ == "__main__":',

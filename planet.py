@@ -535,6 +535,12 @@ class Agent(nn.Module):
             scores = scores + self.args.action_noise * torch.randn_like(scores)
         return {**state, "action": self.played(scores)}
 
+    def env_action(self, state):
+        """State of act -> actions for the vector environment, int64 (N,) or float32 (N, ...). Waits for the device."""
+        action = state["action"]  # (N, A)
+        action = action.argmax(-1) if self.discrete else action.view(-1, *self.action_space.shape)
+        return action.cpu().numpy()
+
     @torch.no_grad()
     def plan(self, state):
         """Algorithm 2 from N states {"deter": (N, D), "stoch": (N, S)}. -> the first action of each plan, (N, A).
@@ -542,7 +548,7 @@ class Agent(nn.Module):
         Samples of the prior, means of the reward, their plain sum: no discount, no value at the end.
         """
         args, N, J = self.args, len(state["stoch"]), self.args.candidates
-        start = {key: state[key].repeat_interleave(J, 0) for key in ("deter", "stoch")}  # J copies of the first, ...
+        start = {key: state[key].repeat_interleave(J, 0) for key in ("deter", "stoch")}  # J copies of each
 
         def score(plans):  # plans (N, J, H, A) -> returns (N, J)
             future = self.rssm.imagine(start, self.played(plans).flatten(0, 1))
@@ -552,12 +558,6 @@ class Agent(nn.Module):
         with self.autocast():
             plan = cem(score, (N, J, args.horizon, self.action_size), args.iterations, args.top, state["stoch"])
         return plan[:, 0]
-
-    def env_action(self, state):
-        """State of act -> actions for the vector environment, int64 (N,) or float32 (N, ...). Waits for the device."""
-        action = state["action"]  # (N, A)
-        action = action.argmax(-1) if self.discrete else action.view(-1, *self.action_space.shape)
-        return action.cpu().numpy()
 
     def model_losses(self, batch):
         """Eq. 3 on rows 1..T of T+1, from a zero state; row 0 supplies the action before them.

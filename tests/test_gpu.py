@@ -4,6 +4,7 @@
 TEST_DEVICE=cpu pytest -m gpu tests/test_gpu.py is a dry run, with the stand-in of graphs.py.
 """
 
+import functools
 import importlib
 import os
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import AGENTS, experience, known, merlin_agent, merlin_window, short, uniform, window
+from helpers import AGENTS, captured, experience, known, merlin_agent, merlin_window, short, uniform, window
 
 sys.path.append(str(ROOT / "results"))
 import kernels  # noqa: E402
@@ -37,12 +38,13 @@ def updated(module, updates=8, compile=False, **flags):
     agent = module.Agent(envs.single_observation_space, envs.single_action_space, args)
     if compile:
         kernels.compiled(agent)
+    captured(module, agent)
     batches = [uniform(replay, 4, args.batch_length + module.Agent.context) for _ in range(updates)]
     before, history = [p.detach().clone() for p in agent.params], []
     torch.manual_seed(0)
     for batch in batches:
         stats = agent.update({key: x.to(agent.device) for key, x in batch.items()})
-        history.append({key: float(x) for key, x in stats.items()})
+        history.append({key: float(x) for key, x in stats.items() if x.dim() == 0})
     return history, torch.cat([(p.detach() - q).flatten() for p, q in zip(agent.params, before, strict=True)])
 
 
@@ -106,25 +108,25 @@ def test_random_state(module):
     args = module.resolve(module.Args(env_id="Tiny-both-box-v0", size="debug", device=DEVICE))
     envs, random = module.make_envs(args.env_id, 2, 0, args), torch.cuda if DEVICE == "cuda" else torch
     agent = module.Agent(envs.single_observation_space, envs.single_action_space, args)
-    row, state, actions = module.start_row(envs, 0), agent.initial(2), []
+    real, row, state, actions = agent.act, module.start_row(envs, 0), agent.initial(2), []
+    run = captured(module, agent).act
     for i in range(8):
         if i == 5:  # captured at the fourth
-            saved = random.get_rng_state()
+            saved, agent.act = random.get_rng_state(), real
             module.evaluate(agent, args, 3)
             assert torch.equal(random.get_rng_state(), saved), "evaluate"
         if i == 7:
             random.set_rng_state(saved)
-        actions.append(agent.act(row, row["is_first"], state)[0])
+        actions.append(agent.env_action(run(agent.inputs(row, state))).copy())  # a CPU shares the memory
     assert np.allclose(actions[5], actions[7], atol=1e-5) and not np.allclose(actions[5], actions[6], atol=1e-3)
 
 
 def test_replay_in_main_memory(module, made, tmp_path, monkeypatch):
     """Where the replay is too large for the GPU it moves to main memory, and what it stores is right all the same."""
-    real = module.free_memory
-    monkeypatch.setattr(module, "free_memory", lambda device: 0 if device.type == "cuda" else real(device))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     result = module.train(short(module, "Tiny-both-discrete-v0", tmp_path, device=DEVICE))
     assert made["Replay"][0].device.type == "cpu"
-    saved = module.load(next((tmp_path / result["run_dir"]).glob("replay/*")), "cpu")
+    saved = module.load(next((tmp_path / result["run_dir"]).glob("replay/*")))
     key = "deter" if "deter" in saved else "vector"
     assert torch.isfinite(saved[key].float()).all() and saved[key].float().std() > 0
 
@@ -136,15 +138,16 @@ def test_captured_plans(on):
     args = module.resolve(module.Args(env_id="Pendulum-v1", size="debug", device=DEVICE, cuda_graph=on))
     envs = module.make_envs(args.env_id, 1, 0, args)
     agent, plans = module.Agent(envs.single_observation_space, envs.single_action_space, args), []
+    plan = module.Captured(agent.plan, on and agent.device.type == "cuda")
     for N in [1] * 6 + [8] * 6 + [1] * 6:
-        plans.append(agent.captured_plan(agent.rssm.initial(N))["action"].clone())
+        plans.append(plan(agent.rssm.initial(N))["action"].clone())
         assert plans[-1].shape == (N, 1) and torch.isfinite(plans[-1]).all() and plans[-1].abs().max() <= 1
     assert not any(torch.equal(a, b) for a, b in zip(plans, plans[1:], strict=False) if a.shape == b.shape)
     before = []
     for sign in 1, -1:
         agent.reward[-1].weight.data *= sign
         torch.manual_seed(0)
-        before.append(agent.captured_plan(agent.rssm.initial(1))["action"].clone())
+        before.append(plan(agent.rssm.initial(1))["action"].clone())
     assert not torch.allclose(*before, atol=1e-2), "other rewards, the same plan"
 
 
@@ -160,16 +163,17 @@ def test_captured_acting(name, action):
         envs = module.make_envs(args.env_id, 1, 0, args)
         torch.manual_seed(0)
         agents.append(module.Agent(envs.single_observation_space, envs.single_action_space, args))
-    eager, graph = agents
+    eager, graph = agents[0], captured(module, agents[1], eval=True)
+    eager.act = functools.partial(eager.act, eval=True)
     batch = {key: x.to(eager.device) for key, x in window(module, eager, replay).items()}
-    obs, first = {key: batch[key][:, 0] for key in eager.decoder.shapes}, batch["is_first"][:, 0] | True
-    begin = eager.initial(len(first))
+    row = {key: batch[key][:, 0] for key in eager.decoder.shapes} | {"is_first": batch["is_first"][:, 0] | True}
+    inputs = eager.inputs(row, eager.initial(len(batch["is_first"])))
     for _ in range(6):
         for _ in range(6):  # captured at the fourth
-            graph.act(obs, first, begin, eval=True)
+            graph.act(inputs)
         graph.update({key: x.clone() for key, x in batch.items()})
         eager.load_state_dict(graph.state_dict())
-        states = [agent.act(obs, first, begin, eval=True)[1]["deter"] for agent in agents]
+        states = [agent.act(inputs)["deter"] for agent in agents]
         assert torch.allclose(*states, rtol=1e-3, atol=1e-4)
 
 

@@ -530,7 +530,7 @@ class Agent(nn.Module):
         if random:
             scores = 2 * torch.rand(len(embed), self.action_size, device=self.device) - 1
         else:
-            scores = self.plan(state)
+            scores = self.plan(state)["action"]
         if not (eval or random):
             scores = scores + self.args.action_noise * torch.randn_like(scores)
         return {**state, "action": self.played(scores)}
@@ -543,7 +543,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def plan(self, state):
-        """Algorithm 2 from N states {"deter": (N, D), "stoch": (N, S)}. -> the first action of each plan, (N, A).
+        """Algorithm 2 from N states {"deter": (N, D), "stoch": (N, S)}. -> {"action": (N, A)}, the first of each plan.
 
         Samples of the prior, means of the reward, their plain sum: no discount, no value at the end.
         """
@@ -557,7 +557,7 @@ class Agent(nn.Module):
 
         with self.autocast():
             plan = cem(score, (N, J, args.horizon, self.action_size), args.iterations, args.top, state["stoch"])
-        return plan[:, 0]
+        return {"action": plan[:, 0]}
 
     def model_losses(self, batch):
         """Eq. 3 on rows 1..T of T+1, from a zero state; row 0 supplies the action before them.
@@ -759,10 +759,10 @@ def train(args: Args) -> dict:
                 charts = {"charts/SPS": speed, "charts/frames": step * args.action_repeat, "charts/updates": updates}
                 for key, value in {**finite(stats), **charts}.items():
                     writer.add_scalar(key, value, step)
-                score = np.mean(recent or [np.nan])
+                score, loss = np.mean(recent or [np.nan]), stats.get("losses/total", np.nan)
                 progress = f"step {step:,}/{args.total_timesteps:,}  return {score:.1f}  {speed:.1f} steps/s"
-                loss, left = stats.get("losses/total", float("nan")), (args.total_timesteps - step) / speed / 60
-                print(f"{progress}  updates {updates:,}  loss {loss:.1f}  left {max(0, left):.0f} min", flush=True)
+                left = max(0, args.total_timesteps - step) / speed / 60
+                print(f"{progress}  updates {updates:,}  loss {loss:.1f}  left {left:.0f} min", flush=True)
                 began, since = time.time(), step
             if done or before // args.checkpoint_every < step // args.checkpoint_every:
                 finite(stats)  # what is broken is not saved
@@ -781,8 +781,8 @@ def train(args: Args) -> dict:
     finally:
         writer.close()  # first: the environments of a broken simulator may raise again
         envs.close()
-    result = {"run_dir": str(run_dir), "global_step": step, "updates": updates}
-    return {**result, "episodic_return": float(np.mean(recent or [np.nan])), **finite(stats)}
+    score = float(np.mean(recent or [np.nan]))
+    return {"run_dir": str(run_dir), "global_step": step, "updates": updates, "episodic_return": score, **finite(stats)}
 
 
 @torch.no_grad()
@@ -819,7 +819,7 @@ def dream(agent, args, steps=45):
     state, feats = agent.act(agent.inputs(row, agent.initial(4)), random=True), []
     for _ in range(steps):
         feats.append(agent.rssm.feat(state))
-        action = agent.played(agent.plan(state))
+        action = agent.played(agent.plan(state)["action"])
         with agent.autocast():
             future = agent.rssm.imagine(state, action[:, None])
         state = {key: future[key][:, 0] for key in ("deter", "stoch")}

@@ -112,7 +112,7 @@ def test_each_environment_has_its_own_plan(monkeypatch):
     sign = torch.tensor([1.0, -1.0, -1.0, 1.0, -1.0])
     torch.manual_seed(0)
     state = {"deter": torch.zeros(5, 16), "stoch": sign[:, None].expand(-1, 6)}
-    action = agent.plan(state)
+    action = agent.plan(state)["action"]
     assert torch.equal(action.sign(), sign[:, None].expand(-1, 2)) and action.abs().min() > 0.3
 
 
@@ -147,7 +147,7 @@ def test_noise_of_collected_actions(monkeypatch):
     """Normal of deviation 0.3 around the plan, clipped; none in evaluation; uniform actions if random."""
     agent = agent_of(spaces.Box(-1, 1, (1,)))
     N = 20_000
-    monkeypatch.setattr(agent, "plan", lambda state: torch.full((N, 1), 0.9))
+    monkeypatch.setattr(agent, "plan", lambda state: {"action": torch.full((N, 1), 0.9)})
     row = {"vector": np.zeros((N, 3), np.float32), "is_first": np.ones(N, bool)}
     action, state = act(agent, row, agent.initial(N))
     below = action[action < 0.9]

@@ -684,8 +684,15 @@ class Agent(nn.Module):
         return {key: torch.as_tensor(row[key]).to(self.device, non_blocking=True) for key in keys} | state
 
     @torch.no_grad()
-    def act(self, inputs, eval=False):
-        """-> the next state, with "action" (N, A) for what to do now. eval: the most likely action."""
+    def act(self, inputs, eval=False, random=False):
+        """-> the next state, with "action" (N, A) for what to do now. eval: the most likely action; random: a uniform
+        one, where the observation is not looked at, and the latent state begins anew.
+        """
+        N = len(inputs["is_first"])
+        if random:
+            draw = torch.rand(N, self.actor.size, device=self.device)  # (N, A)
+            action = self.onehot(draw.argmax(-1)) if self.actor.discrete else 2 * draw - 1
+            return {**self.rssm.initial(N), "action": action}
         obs = {key: inputs[key][:, None] for key in self.decoder.shapes}
         with self.autocast():
             embed = self.encoder(self.encoder.preprocess(obs))
@@ -693,11 +700,6 @@ class Agent(nn.Module):
             state = {key: post[key][:, 0] for key in ("deter", "stoch")}
             feat = self.rssm.feat(state)  # (N, F)
             return {**state, "action": self.actor.mode(feat) if eval else self.actor.sample(feat)}
-
-    def random(self, N):
-        """-> a state as of act with uniform actions, where nothing is observed, and the latent state begins anew."""
-        draw = torch.rand(N, self.actor.size, device=self.device)
-        return {**self.rssm.initial(N), "action": self.onehot(draw.argmax(-1)) if self.actor.discrete else 2 * draw - 1}
 
     def env_action(self, state):
         """State of act -> actions for the vector environment, int64 (N,) or float32 (N, ...). Waits for the device."""
@@ -939,7 +941,8 @@ def train(args: Args) -> dict:
     returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the episodes that go on
     try:
         while step < args.total_timesteps:
-            state = agent.random(args.num_envs) if step < args.prefill else act(agent.inputs(row, state))
+            inputs = agent.inputs(row, state)
+            state = agent.act(inputs, random=True) if step < args.prefill else act(inputs)
             action = agent.env_action(state)
             replay.add({**row, "action": action})
 

@@ -747,7 +747,8 @@ def test_ends_flag(made, tmp_path, ends):
 def test_random_actions(action_space):
     """Uniform over the classes, or over the box; the state is empty but for the action."""
     agent, N = agent_of(action_space), 20_000
-    action, state = agent.act({}, np.zeros(N, bool), agent.initial(N), random=True)
+    state = agent.act({"is_first": torch.zeros(N)}, random=True)
+    action = agent.env_action(state)
     assert (state["deter"] == 0).all() and (state["stoch"] == 0).all()
     if agent.actor.discrete:
         assert close(torch.bincount(torch.as_tensor(action), minlength=4) / N, torch.full((4,), 0.25), N)
@@ -765,9 +766,8 @@ def test_acting_and_training_agree(monkeypatch):
     states, real = [], dreamerv2.Agent.act
 
     def spy(self, *args, **flags):
-        action, state = real(self, *args, **flags)
-        states.append(state)
-        return action, state
+        states.append(real(self, *args, **flags))
+        return states[-1]
 
     monkeypatch.setattr(dreamerv2.Agent, "act", spy)
     agent, replay = experience(dreamerv2, "Tiny-both-discrete-v0", rows=60, num_envs=1)

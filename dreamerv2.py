@@ -228,99 +228,6 @@ def resolve(args: Args) -> Args:
 
 # === Part 1: the algorithm ============================================================================================
 
-
-def sample_onehot(probs, noise=None):
-    """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
-
-    probs: (..., K) probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
-    """
-    noise = torch.rand_like(probs).log_().neg_() if noise is None else noise
-    index = (probs.detach() / noise).argmax(-1, keepdim=True)
-    return torch.zeros_like(probs).scatter_(-1, index, 1.0)
-
-
-def straight_through(onehot, probs):
-    """The value of the sample with the gradient of the probabilities (Bengio et al. 2013). Both (..., K)."""
-    return onehot + (probs - probs.detach())  # with other parentheses the sum is off one-hot by rounding
-
-
-def kl_categorical(logp, logq):
-    """KL(p || q) in nats of S independent categoricals. Log-probabilities (..., S, K) -> (...)."""
-    return (logp.exp() * (logp - logq)).sum((-2, -1))
-
-
-def kl_loss(post, prior, free_nats, balance):
-    """Algorithm 2: balance KL(sg(post) || prior) + (1 - balance) KL(post || sg(prior)), the mean over steps -> ().
-
-    post, prior: log-probabilities (..., S, K). The prior learns faster than the posterior is pulled towards it.
-    free_nats bounds the mean from below; at balance 0.5, which is no balancing but the plain KL in the code, each step.
-    """
-    if balance == 0.5:
-        return kl_categorical(post, prior).clamp(min=free_nats).mean()
-    dyn = kl_categorical(post.detach(), prior).mean().clamp(min=free_nats)
-    rep = kl_categorical(post, prior.detach()).mean().clamp(min=free_nats)
-    return balance * dyn + (1 - balance) * rep
-
-
-def lambda_return(reward, value, disc, lam):
-    """Eq. 4: V_t = r_t + disc_t ((1 - lam) v_{t+1} + lam V_{t+1}), with V_H = v_H.
-
-    reward, value, disc: (..., H+1), index t is what belongs to state t -> (..., H). DreamerV3's begin with r_{t+1}.
-    """
-    returns = [value[..., -1]]
-    for t in range(value.shape[-1] - 2, -1, -1):
-        returns.append(reward[..., t] + disc[..., t] * ((1 - lam) * value[..., t + 1] + lam * returns[-1]))
-    return torch.stack(returns[:0:-1], -1)
-
-
-def actor_loss(logp, entropy, returns, baseline, weight, rho, entropy_scale):
-    """Eq. 6: -w_t (rho ln pi(a_t|z_t) sg(V_t - v_t) + (1 - rho) V_t + eta H_t). All (N, H-1) -> (N, H-1).
-
-    The first part scores the actions taken, without bias; the second, of low variance, follows the gradient of the
-    return through the learned dynamics back to the actions, past discrete samples with straight-through gradients.
-    """
-    objective = rho * logp * (returns - baseline).detach() + (1 - rho) * returns
-    return -weight.detach() * (objective + entropy_scale * entropy)
-
-
-def critic_loss(value, returns, weight):
-    """Eq. 5: w_t (v_t - sg(V_t))^2 / 2. All (N, H) -> (N, H)."""
-    return weight.detach() * (value - returns.detach()).square() / 2
-
-
-def truncated_mass(mean, std):
-    """The normal distribution's probability below -1 and below 1. (...) -> (...), (...)."""
-    return torch.special.ndtr((-1 - mean) / std), torch.special.ndtr((1 - mean) / std)
-
-
-def truncated_icdf(u, mean, std):
-    """Where N(mean, std), cut off at -1 and 1, has the probability u below it. (...) -> (...)."""
-    low, high = truncated_mass(mean, std)
-    return mean + std * torch.special.ndtri(low + u * (high - low))
-
-
-def truncated_sample(u, mean, std):
-    """The same value, a little within the bounds, with the code's gradient: that of mean + std e at a fixed e, as if
-    there were no bounds. The exact one, of truncated_icdf, shrinks where mean moves against a bound. (...) -> (...).
-    """
-    value = truncated_icdf(u, mean, std).clamp(-1 + 1e-6, 1 - 1e-6)  # which rounding makes infinite, once in millions
-    sample = mean + std * ((value - mean) / std).detach()
-    return sample + (value - sample).detach()
-
-
-def truncated_logp(x, mean, std):
-    """ln of the density at x. (...) -> (...)."""
-    low, high = truncated_mass(mean, std)
-    return -((x - mean) / std).square() / 2 - (std * np.sqrt(2 * np.pi) * (high - low)).log()
-
-
-def truncated_entropy(mean, std):
-    """In nats. (...) -> (...)."""
-    (low, high), a, b = truncated_mass(mean, std), (-1 - mean) / std, (1 - mean) / std
-    edges = a * (-a.square() / 2).exp() - b * (-b.square() / 2).exp()
-    return (np.sqrt(2 * np.pi * np.e) * std * (high - low)).log() + edges / (2 * np.sqrt(2 * np.pi) * (high - low))
-
-
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
@@ -431,6 +338,54 @@ class Head(nn.Module):
         x = self.mlp(feat)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round a value of 150 to whole numbers
             return self.out(x.float())
+
+
+def sample_onehot(probs, noise=None):
+    """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
+
+    probs: (..., K) probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
+    """
+    noise = torch.rand_like(probs).log_().neg_() if noise is None else noise
+    index = (probs.detach() / noise).argmax(-1, keepdim=True)
+    return torch.zeros_like(probs).scatter_(-1, index, 1.0)
+
+
+def straight_through(onehot, probs):
+    """The value of the sample with the gradient of the probabilities (Bengio et al. 2013). Both (..., K)."""
+    return onehot + (probs - probs.detach())  # with other parentheses the sum is off one-hot by rounding
+
+
+def truncated_mass(mean, std):
+    """The normal distribution's probability below -1 and below 1. (...) -> (...), (...)."""
+    return torch.special.ndtr((-1 - mean) / std), torch.special.ndtr((1 - mean) / std)
+
+
+def truncated_icdf(u, mean, std):
+    """Where N(mean, std), cut off at -1 and 1, has the probability u below it. (...) -> (...)."""
+    low, high = truncated_mass(mean, std)
+    return mean + std * torch.special.ndtri(low + u * (high - low))
+
+
+def truncated_sample(u, mean, std):
+    """The same value, a little within the bounds, with the code's gradient: that of mean + std e at a fixed e, as if
+    there were no bounds. The exact one, of truncated_icdf, shrinks where mean moves against a bound. (...) -> (...).
+    """
+    value = truncated_icdf(u, mean, std).clamp(-1 + 1e-6, 1 - 1e-6)  # which rounding makes infinite, once in millions
+    sample = mean + std * ((value - mean) / std).detach()
+    return sample + (value - sample).detach()
+
+
+def truncated_logp(x, mean, std):
+    """ln of the density at x. (...) -> (...)."""
+    low, high = truncated_mass(mean, std)
+    return -((x - mean) / std).square() / 2 - (std * np.sqrt(2 * np.pi) * (high - low)).log()
+
+
+def truncated_entropy(mean, std):
+    """In nats. (...) -> (...)."""
+    (low, high), a, b = truncated_mass(mean, std), (-1 - mean) / std, (1 - mean) / std
+    edges = a * (-a.square() / 2).exp() - b * (-b.square() / 2).exp()
+    return (np.sqrt(2 * np.pi * np.e) * std * (high - low)).log() + edges / (2 * np.sqrt(2 * np.pi) * (high - low))
 
 
 class Actor(Head):
@@ -626,6 +581,50 @@ class Adam:
 
 
 # --- agent ------------------------------------------------------------------------------------------------------------
+
+
+def kl_categorical(logp, logq):
+    """KL(p || q) in nats of S independent categoricals. Log-probabilities (..., S, K) -> (...)."""
+    return (logp.exp() * (logp - logq)).sum((-2, -1))
+
+
+def kl_loss(post, prior, free_nats, balance):
+    """Algorithm 2: balance KL(sg(post) || prior) + (1 - balance) KL(post || sg(prior)), the mean over steps -> ().
+
+    post, prior: log-probabilities (..., S, K). The prior learns faster than the posterior is pulled towards it.
+    free_nats bounds the mean from below; at balance 0.5, which is no balancing but the plain KL in the code, each step.
+    """
+    if balance == 0.5:
+        return kl_categorical(post, prior).clamp(min=free_nats).mean()
+    dyn = kl_categorical(post.detach(), prior).mean().clamp(min=free_nats)
+    rep = kl_categorical(post, prior.detach()).mean().clamp(min=free_nats)
+    return balance * dyn + (1 - balance) * rep
+
+
+def lambda_return(reward, value, disc, lam):
+    """Eq. 4: V_t = r_t + disc_t ((1 - lam) v_{t+1} + lam V_{t+1}), with V_H = v_H.
+
+    reward, value, disc: (..., H+1), index t is what belongs to state t -> (..., H). DreamerV3's begin with r_{t+1}.
+    """
+    returns = [value[..., -1]]
+    for t in range(value.shape[-1] - 2, -1, -1):
+        returns.append(reward[..., t] + disc[..., t] * ((1 - lam) * value[..., t + 1] + lam * returns[-1]))
+    return torch.stack(returns[:0:-1], -1)
+
+
+def actor_loss(logp, entropy, returns, baseline, weight, rho, entropy_scale):
+    """Eq. 6: -w_t (rho ln pi(a_t|z_t) sg(V_t - v_t) + (1 - rho) V_t + eta H_t). All (N, H-1) -> (N, H-1).
+
+    The first part scores the actions taken, without bias; the second, of low variance, follows the gradient of the
+    return through the learned dynamics back to the actions, past discrete samples with straight-through gradients.
+    """
+    objective = rho * logp * (returns - baseline).detach() + (1 - rho) * returns
+    return -weight.detach() * (objective + entropy_scale * entropy)
+
+
+def critic_loss(value, returns, weight):
+    """Eq. 5: w_t (v_t - sg(V_t))^2 / 2. All (N, H) -> (N, H)."""
+    return weight.detach() * (value - returns.detach()).square() / 2
 
 
 class Agent(nn.Module):

@@ -174,49 +174,6 @@ def resolve(args: Args) -> Args:
 
 # === Part 1: the algorithm ============================================================================================
 
-
-def preprocess(image, bits, noise=None):
-    """Images of few bits, dequantised: floor(u8 / 2^(8 - bits)) / 2^bits + U(0, 2^-bits) - 0.5 in -0.5 to 0.5.
-
-    image: uint8, any shape; noise: the same shape, in 0 to 2^-bits, drawn anew each time if None. Fewer bits, so that
-    small objects weigh as much as the texture of the ground; noise, so that a density cannot grow without bound.
-    """
-    noise = torch.rand(image.shape, device=image.device) / 2**bits if noise is None else noise
-    return torch.div(image, 2 ** (8 - bits), rounding_mode="floor").float() / 2**bits + noise - 0.5
-
-
-def kl_gaussian(mean, std, mean2, std2):
-    """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
-    return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)
-
-
-def kl_loss(post, prior, free_nats):
-    """max(0, KL(post || prior) - free nats), per step and before any mean. post, prior: (mean, std) -> (...)."""
-    return (kl_gaussian(*post, *prior) - free_nats).clamp(min=0)
-
-
-def refit(candidates, returns, top):
-    """The best candidates' mean and deviation. candidates: (N, J, H, A), returns: (N, J) -> (N, 1, H, A) twice."""
-    best = returns.topk(top, 1, sorted=False).indices  # (N, K)
-    elites = candidates.gather(1, best[..., None, None].expand(-1, -1, *candidates.shape[2:]))  # (N, K, H, A)
-    mean = elites.mean(1, keepdim=True)  # (N, 1, H, A)
-    return mean, ((elites - mean).square().mean(1, keepdim=True) + 1e-6).sqrt()
-
-
-def cem(score, shape, iterations, top, like):
-    """Cross-entropy method, Algorithm 2: draw plans, keep the best, fit a normal distribution to them, repeat.
-
-    score: plans (N, J, H, A) in -1 to 1 -> returns (N, J); shape: (N, J, H, A); like: a tensor of the device.
-    -> the mean of the last fit (N, H, A). Each of the N problems has candidates of its own. Clipped plans are refitted.
-    """
-    N, _, H, A = shape
-    mean, std = like.new_zeros(N, 1, H, A), like.new_ones(N, 1, H, A)
-    for _ in range(iterations):
-        candidates = (mean + std * torch.randn(shape, device=like.device)).clamp(-1, 1)  # (N, J, H, A)
-        mean, std = refit(candidates, score(candidates), top)
-    return mean[:, 0]
-
-
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +193,16 @@ def mlp(sizes):
 def is_image(space):
     """uint8 of rank 3 goes to the convolutions, everything else to the MLP."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
+
+
+def preprocess(image, bits, noise=None):
+    """Images of few bits, dequantised: floor(u8 / 2^(8 - bits)) / 2^bits + U(0, 2^-bits) - 0.5 in -0.5 to 0.5.
+
+    image: uint8, any shape; noise: the same shape, in 0 to 2^-bits, drawn anew each time if None. Fewer bits, so that
+    small objects weigh as much as the texture of the ground; noise, so that a density cannot grow without bound.
+    """
+    noise = torch.rand(image.shape, device=image.device) / 2**bits if noise is None else noise
+    return torch.div(image, 2 ** (8 - bits), rounding_mode="floor").float() / 2**bits + noise - 0.5
 
 
 class Encoder(nn.Module):
@@ -467,6 +434,38 @@ class Adam:
 
 
 # --- agent ------------------------------------------------------------------------------------------------------------
+
+
+def kl_gaussian(mean, std, mean2, std2):
+    """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
+    return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)
+
+
+def kl_loss(post, prior, free_nats):
+    """max(0, KL(post || prior) - free nats), per step and before any mean. post, prior: (mean, std) -> (...)."""
+    return (kl_gaussian(*post, *prior) - free_nats).clamp(min=0)
+
+
+def refit(candidates, returns, top):
+    """The best candidates' mean and deviation. candidates: (N, J, H, A), returns: (N, J) -> (N, 1, H, A) twice."""
+    best = returns.topk(top, 1, sorted=False).indices  # (N, K)
+    elites = candidates.gather(1, best[..., None, None].expand(-1, -1, *candidates.shape[2:]))  # (N, K, H, A)
+    mean = elites.mean(1, keepdim=True)  # (N, 1, H, A)
+    return mean, ((elites - mean).square().mean(1, keepdim=True) + 1e-6).sqrt()
+
+
+def cem(score, shape, iterations, top, like):
+    """Cross-entropy method, Algorithm 2: draw plans, keep the best, fit a normal distribution to them, repeat.
+
+    score: plans (N, J, H, A) in -1 to 1 -> returns (N, J); shape: (N, J, H, A); like: a tensor of the device.
+    -> the mean of the last fit (N, H, A). Each of the N problems has candidates of its own. Clipped plans are refitted.
+    """
+    N, _, H, A = shape
+    mean, std = like.new_zeros(N, 1, H, A), like.new_ones(N, 1, H, A)
+    for _ in range(iterations):
+        candidates = (mean + std * torch.randn(shape, device=like.device)).clamp(-1, 1)  # (N, J, H, A)
+        mean, std = refit(candidates, score(candidates), top)
+    return mean[:, 0]
 
 
 class Agent(nn.Module):

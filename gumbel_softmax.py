@@ -658,21 +658,19 @@ def train(args: Args) -> dict:
 
 def fail(message):
     """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
-    cuda = torch.cuda.is_available()
+    gpus = torch.cuda.device_count()
     try:
-        device = torch.device(args.device if args.device != "auto" else "cuda" if cuda else "cpu")
-        assert device.type in ("cpu", "cuda")
+        device = torch.device(args.device if args.device != "auto" else "cuda" if gpus else "cpu")
+        assert device.type == "cpu" or device.type == "cuda" and (device.index or 0) < gpus
     except (AssertionError, RuntimeError):
-        fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...")
+        fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...; PyTorch sees {gpus} GPUs")
     if device.type == "cuda":
-        if not (device.index or 0) < torch.cuda.device_count():
-            fail(f"--device {args.device}: PyTorch {torch.__version__} sees no such CUDA device; allowed: auto, cpu")
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)  # a graph is captured on the current device
     return device
@@ -771,16 +769,15 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
-def load(path, device, need=()):
+def load(path, need=()):
     """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         assert all(key in state for key in need), "another kind of file"
         return state
     except Exception as error:
-        text = " ".join(str(error).split())[:200]
-        fail(f"{path}: cannot be read ({type(error).__name__}: {text}); allowed: a checkpoint.pt")
+        fail(f"{path}: cannot be read ({type(error).__name__}: {str(error)[:200]}); allowed: a checkpoint.pt")
 
 
 def load_agent(path, args=None, free=("eval", "device", "data", "eval_samples", "eval_images")):

@@ -501,7 +501,7 @@ class Agent(nn.Module):
         latents again. eval: the most likely action.
         """
         state = self.forget(state_of(inputs), inputs["is_first"])
-        embed = self.encoder(inputs, state["action"], inputs["reward"])
+        embed = self.encoder(inputs, state["action"], inputs["reward"])  # (N, E)
         noise = torch.randn_like(state["noise"])  # (N, Z)
 
         def choose(logits):

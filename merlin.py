@@ -208,8 +208,7 @@ def write(state, content, read_weights, gamma):
         v_ret <- gamma v_ret + (1 - gamma) v_wr of the step before;  M <- M + v_wr [z, 0]^T + v_ret [0, z]^T
 
     In the order of the lecture, v_wr is that of this step, and the sum begins with z_i itself. state: memory_shapes;
-    content: (N, Z); read_weights: (N, K, R), summed as usage -> new state. Without gradients memory is overwritten, as
-    most of it stays: who calls has made a copy (Agent.forget).
+    content: (N, Z); read_weights: (N, K, R), summed as usage -> new state. Without gradients memory is overwritten.
     """
     R = state["memory"].shape[1]
     usage, age = state["usage"] + read_weights.detach().sum(1), state["age"] + 1  # (N, R) each
@@ -223,7 +222,7 @@ def write(state, content, read_weights, gamma):
     if torch.is_grad_enabled():  # products by element: those of matrices are rounded on a GPU (TF32)
         added = torch.cat([first * z, second * z], -1)  # (N, R, W)
         memory = torch.addcmul(added, state["memory"], kept[..., None])  # (N, R, W)
-    else:
+    else:  # in place, as most of it stays; Agent.forget has made a copy of what act was given
         memory = state["memory"].mul_(kept[..., None])  # (N, R, W)
         contents, summaries = memory.chunk(2, -1)
         contents.addcmul_(first, z)
@@ -339,8 +338,8 @@ class Decoder(nn.Module):
         self.shapes, self.images = encoder.shapes, encoder.images
         self.numbers, self.vectors = encoder.numbers, encoder.vectors
         self.trunk = nn.Sequential(nn.Linear(args.stoch, args.units), nn.Tanh())
-        self.heads = nn.ModuleDict({key: nn.Linear(args.units, width) for key, width in encoder.widths.items()})
-        self.action, self.reward = nn.Linear(args.units, action_size), nn.Linear(args.units, 1)
+        widths = {**encoder.widths, "action": action_size, "reward": 1}
+        self.heads = nn.ModuleDict({key: nn.Linear(args.units, width) for key, width in widths.items()})
         if self.images:
             C = args.depth
             dense = [nn.Linear(args.stoch, 500), nn.ReLU(), nn.Linear(500, 64 * C), nn.ReLU()]
@@ -355,7 +354,7 @@ class Decoder(nn.Module):
         if self.images:
             image = self.image_net(z).float().permute(0, 2, 3, 1)
             out |= dict(zip(self.images, image.split([self.shapes[key][-1] for key in self.images], -1), strict=True))
-        return {**out, "action": self.action(x).float(), "reward": self.reward(x).float()[..., 0]}
+        return {**out, "reward": out["reward"][..., 0]}
 
     def losses(self, z, obs, action, reward):
         """-> {"image", "obs", "action", "reward": (N,)}: squared errors and cross-entropies, summed. "image" and "obs"
@@ -657,9 +656,8 @@ def train(args: Args) -> dict:
         if cuda and saved["cuda_random"] is not None:
             torch.cuda.set_rng_state(saved["cuda_random"], device)
         step, updates, recent = saved["now"].values()
-    row, began, since = start_row(envs, args.seed + step), time.time(), step
+    row, stats, began, since = start_row(envs, args.seed + step), {}, time.time(), step
     returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the episodes that go on
-    stats = {}
     try:
         while step < args.total_timesteps:
             before, rows = step, []
@@ -676,7 +674,7 @@ def train(args: Args) -> dict:
                     writer.add_scalar("charts/episodic_return", returns[n], step)
                     writer.add_scalar("charts/episodic_length", lengths[n], step)
 
-            # one row more, the first of the next window, is there for its value: action and noise are dummies
+            # one row more, the first of the next window, is there for its value; its action is a dummy
             rows.append({**row, "action": np.zeros_like(action), "noise": torch.randn_like(state["noise"])})
             batch = {key: torch.stack([torch.as_tensor(x[key]) for x in rows], 1).to(device) for key in rows[0]}
             stats = update({**batch, **start})
@@ -1040,8 +1038,7 @@ def show(args):
     folder = path if path.is_dir() else path.parent
     agent, args = load_agent(path, args)
     scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
-    shown = " ".join(f"{score:g}" for score in scores[:20]) + " ..." * (len(scores) > 20)
-    print(f"{args.env_id}, {len(scores)} episodes: {shown}")
+    print(f"{args.env_id}, {len(scores)} episodes: {' '.join(f'{score:g}' for score in scores)}")
     print(f"mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
     return {"run_dir": str(folder), "returns": scores}
 

@@ -180,135 +180,6 @@ def resolve(args: Args) -> Args:
 
 # === Part 1: the algorithm ============================================================================================
 
-
-def symlog(x):
-    """Eq. 9: sign(x) ln(1 + |x|), a logarithm for both signs, the identity near 0. Any shape."""
-    return x.sign() * x.abs().log1p()
-
-
-def symexp(x):
-    """Eq. 9: sign(x) (exp|x| - 1), the inverse of symlog. Any shape."""
-    return x.sign() * x.abs().expm1()
-
-
-def symexp_bins(count):
-    """Eq. 10: bin positions symexp(-20 ... 20), exactly antisymmetric. count: odd -> (count,)."""
-    half = symexp(torch.linspace(-20, 0, count // 2 + 1))
-    return torch.cat([half, -half[:-1].flip(0)])
-
-
-def twohot(x, bins):
-    """Eq. 11: the two bins around x, and weights linear in the raw (not symlog) distance, so that their mean is x.
-
-    x: any shape; bins: (V,) -> index, weight, each x.shape + (2,). Beyond the last bin all weight lies on the last bin.
-    """
-    x = x.float().contiguous()
-    below = (torch.searchsorted(bins, x, right=True) - 1).clamp(0, len(bins) - 2)
-    upper = ((x - bins[below]) / (bins[below + 1] - bins[below])).clamp(0, 1)
-    return torch.stack([below, below + 1], -1), torch.stack([1 - upper, upper], -1)
-
-
-def twohot_loss(logits, bins, *targets):
-    """Eq. 11: cross-entropy of softmax(logits) with twohot(x), summed over the targets x.
-
-    logits: (..., V); targets: (...) each -> (...). Two gathered logits are cheaper than a dense (..., V) target.
-    """
-    logp = logits.float().log_softmax(-1)
-    pairs = [twohot(x.detach(), bins) for x in targets]
-    return -sum((logp.gather(-1, index) * weight).sum(-1) for index, weight in pairs)
-
-
-def twohot_mean(logits, bins):
-    """Eq. 10: softmax(logits) . bins. logits: (..., V) -> (...).
-
-    Bins reach 4.85e8, so that a plain sum over uniform probabilities gives noise of +-40. The difference of mirrored
-    probabilities first, and it gives exactly 0, whatever the order of summation.
-    """
-    half = len(bins) // 2
-    probs = logits.float().softmax(-1)
-    return ((probs[..., half + 1 :] - probs[..., :half].flip(-1)) * bins[half + 1 :]).sum(-1)
-
-
-def mixed_softmax(logits, mix):
-    """(1 - mix) softmax(logits) + mix / K: no probability reaches 0, so no KL or log-probability explodes.
-
-    Section "World model learning". logits: (..., K) -> probabilities (..., K), float32.
-    """
-    return (1 - mix) * logits.float().softmax(-1) + mix / logits.shape[-1]
-
-
-def unimix(logits, mix):
-    """ln mixed_softmax(logits, mix). logits: (..., K) -> log-probabilities (..., K), float32."""
-    return mixed_softmax(logits, mix).log() if mix else logits.float().log_softmax(-1)
-
-
-def sample_onehot(probs, noise=None):
-    """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
-
-    probs: (..., K) probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
-    """
-    noise = torch.rand_like(probs).log_().neg_() if noise is None else noise
-    index = (probs.detach() / noise).argmax(-1, keepdim=True)
-    return torch.zeros_like(probs).scatter_(-1, index, 1.0)
-
-
-def straight_through(onehot, probs):
-    """The value of the sample with the gradient of the probabilities (Bengio et al. 2013). Both (..., K)."""
-    return onehot + (probs - probs.detach())  # with other parentheses the sum is off one-hot by rounding
-
-
-def kl_categorical(logp, logq):
-    """KL(p || q) in nats of S independent categoricals. Log-probabilities (..., S, K) -> (...)."""
-    return (logp.exp() * (logp - logq)).sum((-2, -1))
-
-
-def kl_loss(post, prior, free_nats):
-    """Eq. 3: (dynamics, representation) loss, one KL with either side stopped and never pushed below free_nats.
-
-    post, prior: log-probabilities (..., S, K) -> two of (...). The maximum is taken per step, after the sum over
-    latents and before any mean: below it a step gives no gradient at all.
-    """
-    dyn = kl_categorical(post.detach(), prior).clamp(min=free_nats)
-    rep = kl_categorical(post, prior.detach()).clamp(min=free_nats)
-    return dyn, rep
-
-
-def lambda_return(reward, value, disc, lam):
-    """Eq. 5: R_t = r_{t+1} + disc_{t+1} ((1 - lam_{t+1}) v_{t+1} + lam_{t+1} R_{t+1}), with R_T = v_T.
-
-    reward, value, disc: (..., T+1), index t is what belongs to state t; lam: a number or (..., T+1) -> (..., T).
-    """
-    step, decay = reward + disc * (1 - lam) * value, disc * lam
-    returns = [value[..., -1]]
-    for t in range(value.shape[-1] - 1, 0, -1):
-        returns.append(torch.addcmul(step[..., t], decay[..., t], returns[-1]))
-    return torch.stack(returns[:0:-1], -1)
-
-
-def percentile(x, q):
-    """Eq. 7: the q-quantile (0 to 1) of all entries, linearly interpolated; sorting needs no host sync. -> ()."""
-    x, position = x.flatten().sort().values, q * (x.numel() - 1)
-    low = int(position)
-    return torch.lerp(x[low], x[min(low + 1, len(x) - 1)], position - low)
-
-
-def actor_loss(logp, entropy, returns, value, weight, scale, entropy_scale):
-    """Eq. 6, REINFORCE for all actions: -w_t (ln pi(a_t|s_t) sg((R_t - v_t) / scale) + eta H_t), scale = max(1, S).
-
-    logp, entropy, returns, value, weight: (N, H) -> (N, H). Gradients flow through logp and entropy only.
-    """
-    advantage = ((returns - value) / scale).detach()
-    return -weight.detach() * (logp * advantage + entropy_scale * entropy)
-
-
-def critic_loss(logits, bins, returns, slow_value, weight):
-    """Eq. 5 with slow regulariser: w_t (CE(v_t, sg R_t) + CE(v_t, sg slow value)), where both targets are scalars.
-
-    logits: (..., V); returns, slow_value, weight: (...) -> (...).
-    """
-    return weight.detach() * twohot_loss(logits, bins, returns, slow_value)
-
-
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
@@ -369,6 +240,16 @@ def init_weights(module, outscale=1.0):
 def is_image(space):
     """uint8 of rank 3 goes to the convolutions, everything else to the MLP."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
+
+
+def symlog(x):
+    """Eq. 9: sign(x) ln(1 + |x|), a logarithm for both signs, the identity near 0. Any shape."""
+    return x.sign() * x.abs().log1p()
+
+
+def symexp(x):
+    """Eq. 9: sign(x) (exp|x| - 1), the inverse of symlog. Any shape."""
+    return x.sign() * x.abs().expm1()
 
 
 class Encoder(nn.Module):
@@ -469,6 +350,44 @@ class Decoder(nn.Module):
         return out
 
 
+def symexp_bins(count):
+    """Eq. 10: bin positions symexp(-20 ... 20), exactly antisymmetric. count: odd -> (count,)."""
+    half = symexp(torch.linspace(-20, 0, count // 2 + 1))
+    return torch.cat([half, -half[:-1].flip(0)])
+
+
+def twohot(x, bins):
+    """Eq. 11: the two bins around x, and weights linear in the raw (not symlog) distance, so that their mean is x.
+
+    x: any shape; bins: (V,) -> index, weight, each x.shape + (2,). Beyond the last bin all weight lies on the last bin.
+    """
+    x = x.float().contiguous()
+    below = (torch.searchsorted(bins, x, right=True) - 1).clamp(0, len(bins) - 2)
+    upper = ((x - bins[below]) / (bins[below + 1] - bins[below])).clamp(0, 1)
+    return torch.stack([below, below + 1], -1), torch.stack([1 - upper, upper], -1)
+
+
+def twohot_loss(logits, bins, *targets):
+    """Eq. 11: cross-entropy of softmax(logits) with twohot(x), summed over the targets x.
+
+    logits: (..., V); targets: (...) each -> (...). Two gathered logits are cheaper than a dense (..., V) target.
+    """
+    logp = logits.float().log_softmax(-1)
+    pairs = [twohot(x.detach(), bins) for x in targets]
+    return -sum((logp.gather(-1, index) * weight).sum(-1) for index, weight in pairs)
+
+
+def twohot_mean(logits, bins):
+    """Eq. 10: softmax(logits) . bins. logits: (..., V) -> (...).
+
+    Bins reach 4.85e8, so that a plain sum over uniform probabilities gives noise of +-40. The difference of mirrored
+    probabilities first, and it gives exactly 0, whatever the order of summation.
+    """
+    half = len(bins) // 2
+    probs = logits.float().softmax(-1)
+    return ((probs[..., half + 1 :] - probs[..., :half].flip(-1)) * bins[half + 1 :]).sum(-1)
+
+
 class Head(nn.Module):
     """MLP with a linear output: (..., F) -> (..., outputs), float32."""
 
@@ -480,6 +399,29 @@ class Head(nn.Module):
 
     def forward(self, feat):
         return self.out(self.mlp(feat)).float()
+
+
+def mixed_softmax(logits, mix):
+    """(1 - mix) softmax(logits) + mix / K: no probability reaches 0, so no KL or log-probability explodes.
+
+    Section "World model learning". logits: (..., K) -> probabilities (..., K), float32.
+    """
+    return (1 - mix) * logits.float().softmax(-1) + mix / logits.shape[-1]
+
+
+def unimix(logits, mix):
+    """ln mixed_softmax(logits, mix). logits: (..., K) -> log-probabilities (..., K), float32."""
+    return mixed_softmax(logits, mix).log() if mix else logits.float().log_softmax(-1)
+
+
+def sample_onehot(probs, noise=None):
+    """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
+
+    probs: (..., K) probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
+    """
+    noise = torch.rand_like(probs).log_().neg_() if noise is None else noise
+    index = (probs.detach() / noise).argmax(-1, keepdim=True)
+    return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
 
 class Actor(Head):
@@ -528,6 +470,11 @@ class Actor(Head):
 
 
 # --- world model ------------------------------------------------------------------------------------------------------
+
+
+def straight_through(onehot, probs):
+    """The value of the sample with the gradient of the probabilities (Bengio et al. 2013). Both (..., K)."""
+    return onehot + (probs - probs.detach())  # with other parentheses the sum is off one-hot by rounding
 
 
 def stack_steps(steps):
@@ -710,6 +657,58 @@ class LaProp:
 
 
 # --- agent ------------------------------------------------------------------------------------------------------------
+
+
+def kl_categorical(logp, logq):
+    """KL(p || q) in nats of S independent categoricals. Log-probabilities (..., S, K) -> (...)."""
+    return (logp.exp() * (logp - logq)).sum((-2, -1))
+
+
+def kl_loss(post, prior, free_nats):
+    """Eq. 3: (dynamics, representation) loss, one KL with either side stopped and never pushed below free_nats.
+
+    post, prior: log-probabilities (..., S, K) -> two of (...). The maximum is taken per step, after the sum over
+    latents and before any mean: below it a step gives no gradient at all.
+    """
+    dyn = kl_categorical(post.detach(), prior).clamp(min=free_nats)
+    rep = kl_categorical(post, prior.detach()).clamp(min=free_nats)
+    return dyn, rep
+
+
+def lambda_return(reward, value, disc, lam):
+    """Eq. 5: R_t = r_{t+1} + disc_{t+1} ((1 - lam_{t+1}) v_{t+1} + lam_{t+1} R_{t+1}), with R_T = v_T.
+
+    reward, value, disc: (..., T+1), index t is what belongs to state t; lam: a number or (..., T+1) -> (..., T).
+    """
+    step, decay = reward + disc * (1 - lam) * value, disc * lam
+    returns = [value[..., -1]]
+    for t in range(value.shape[-1] - 1, 0, -1):
+        returns.append(torch.addcmul(step[..., t], decay[..., t], returns[-1]))
+    return torch.stack(returns[:0:-1], -1)
+
+
+def percentile(x, q):
+    """Eq. 7: the q-quantile (0 to 1) of all entries, linearly interpolated; sorting needs no host sync. -> ()."""
+    x, position = x.flatten().sort().values, q * (x.numel() - 1)
+    low = int(position)
+    return torch.lerp(x[low], x[min(low + 1, len(x) - 1)], position - low)
+
+
+def actor_loss(logp, entropy, returns, value, weight, scale, entropy_scale):
+    """Eq. 6, REINFORCE for all actions: -w_t (ln pi(a_t|s_t) sg((R_t - v_t) / scale) + eta H_t), scale = max(1, S).
+
+    logp, entropy, returns, value, weight: (N, H) -> (N, H). Gradients flow through logp and entropy only.
+    """
+    advantage = ((returns - value) / scale).detach()
+    return -weight.detach() * (logp * advantage + entropy_scale * entropy)
+
+
+def critic_loss(logits, bins, returns, slow_value, weight):
+    """Eq. 5 with slow regulariser: w_t (CE(v_t, sg R_t) + CE(v_t, sg slow value)), where both targets are scalars.
+
+    logits: (..., V); returns, slow_value, weight: (...) -> (...).
+    """
+    return weight.detach() * twohot_loss(logits, bins, returns, slow_value)
 
 
 class Agent(nn.Module):
@@ -983,15 +982,14 @@ def train(args: Args) -> dict:
     envs = make_envs(args.env_id, args.num_envs, args.seed, args)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     agent = Agent(obs_space, action_space, args)
-    device, state = agent.device, agent.initial(args.num_envs)
+    device, cuda, state = agent.device, agent.device.type == "cuda", agent.initial(args.num_envs)
     latents = {key: (x.shape[1:], x.dtype) for key, x in agent.latents(state).items()}
     replay = Replay(args.buffer_size, args.num_envs, obs_space, action_space, device, latents)
-    cuda = device.type == "cuda"
     update, act = (Captured(fn, args.cuda_graph and cuda) for fn in (agent.update, agent.act))
     run_dir, writer = open_run(args, agent, replay, saved)
     rows, replayed = args.batch_length + Agent.context, args.batch_size * args.batch_length  # in a window; by an update
-    every, ratio = replayed / args.train_ratio, f"each is replayed {args.train_ratio:g} times (--train-ratio)"
-    print(f"training  an update on {replayed:,} steps per {every:g} policy steps: {ratio}", flush=True)
+    often = f"per {replayed / args.train_ratio:g} policy steps: each is replayed {args.train_ratio:g} times"
+    print(f"training  an update on {replayed:,} steps {often} (--train-ratio)", flush=True)
     step, updates, first_step, recent = 0, 0, None, []  # first_step: at the first update; recent: last 20 returns
     if saved:  # new episodes begin: the interrupted ones stand in the replay as abandoned
         load_weights(agent, saved, run_dir)
@@ -1029,15 +1027,15 @@ def train(args: Args) -> dict:
                 writer.add_scalar("charts/episodic_length", lengths[n], step)
 
             done = step >= args.total_timesteps
-            score = float(np.mean(recent)) if recent else float("nan")
             if done or time.time() - began > args.log_every:
                 speed = max(1, step - since) / (time.time() - began)
                 charts = {"charts/SPS": speed, "charts/frames": step * args.action_repeat, "charts/updates": updates}
                 for key, value in {**finite(stats), **charts}.items():
                     writer.add_scalar(key, value, step)
+                score, loss = np.mean(recent or [np.nan]), stats.get("losses/total", np.nan)
                 progress = f"step {step:,}/{args.total_timesteps:,}  return {score:.1f}  {speed:.1f} steps/s"
-                loss, left = stats.get("losses/total", float("nan")), (args.total_timesteps - step) / speed / 60
-                print(f"{progress}  updates {updates:,}  loss {loss:.1f}  left {max(0, left):.0f} min", flush=True)
+                left = max(0, args.total_timesteps - step) / speed / 60
+                print(f"{progress}  updates {updates:,}  loss {loss:.1f}  left {left:.0f} min", flush=True)
                 began, since = time.time(), step
             if done or before // args.checkpoint_every < step // args.checkpoint_every:
                 finite(stats)  # what is broken is not saved
@@ -1057,6 +1055,7 @@ def train(args: Args) -> dict:
     finally:
         writer.close()  # first: the environments of a broken simulator may raise again
         envs.close()
+    score = float(np.mean(recent or [np.nan]))
     return {"run_dir": str(run_dir), "global_step": step, "updates": updates, "episodic_return": score, **finite(stats)}
 
 

@@ -27,8 +27,9 @@ def data(request):
     from parity import Data
 
     data = Data(request.param)
+    assert data.open, f"{request.param}: no results"
     yield data
-    assert data.open == set(), f"not compared: {data.open}"
+    data.finish()
 
 
 @pytest.fixture

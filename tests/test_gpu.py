@@ -179,14 +179,19 @@ def test_captured_acting(name, action):
 
 @pytest.mark.parametrize("agent", ["merlin", "rl_mem", "rl_lstm"])
 def test_merlin_graphs_equal_eager(agent):
-    """merlin: a captured update is the eager one, which draws nothing; and captured acting follows the weights."""
+    """merlin: captured updates, on another batch each, are the eager ones; and captured acting follows the weights."""
     flags = dict(agent=agent, device=DEVICE, bf16=False)
     (envs, graph), (_, eager) = (merlin_agent(**flags, cuda_graph=on) for on in (True, False))
-    batch = merlin_window(envs, eager)[0]
-    for _ in range(8):
-        a, b = (made.update(batch) for made in (graph, eager))
-        for key, x in a.items():
-            assert float(x) == pytest.approx(float(b[key]), rel=1e-3, abs=1e-4), key
+    batches, before = [merlin_window(envs, eager, windows=n)[0] for n in range(1, 9)], eager.state_dict()
+    before = {key: x.clone() for key, x in before.items()}
+    for i, batch in enumerate(batches):
+        a, b = ({key: float(x) for key, x in made.update(batch).items()} for made in (graph, eager))
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), f"update {i}, captured from 3 on: {key}"
+    ways = [[made.state_dict()[key] - x for key, x in before.items()] for made in (graph, eager)]
+    way, way2 = (torch.cat([x.flatten() for x in way]) for way in ways)
+    assert (way - way2).norm() < 0.3 * way.norm() and way.norm() > 0
     real, logits = graph.captured_act, []
     graph.captured_act = lambda inputs: logits.append((out := real(inputs))["logits"].clone()) or out
     for _ in range(3):  # captured at the fourth step of the first window

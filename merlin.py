@@ -164,20 +164,7 @@ def resolve(args: Args) -> Args:
 
 # === Part 1: the algorithm ============================================================================================
 
-
-def kl_gaussian(mean, std, mean2, std2):
-    """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
-    return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)
-
-
-def sample_onehot(probs, noise=None):
-    """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
-
-    probs: (..., K) probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
-    """
-    noise = torch.rand_like(probs).log_().neg_() if noise is None else noise
-    index = (probs.detach() / noise).argmax(-1, keepdim=True)
-    return torch.zeros_like(probs).scatter_(-1, index, 1.0)
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def onehot(index, count):
@@ -229,33 +216,6 @@ def write(state, content, read_weights, gamma):
         summaries.addcmul_(second, z)
     new = {"memory": memory, "count": free + 1, "retro": retro, "last": chosen}
     return {**new, "usage": usage * kept, "age": age * kept}
-
-
-def advantages(reward, value, is_last, is_terminal, gamma, lam):
-    """Algorithm 1, generalised advantages: d_t = r_{t+1} + gamma v_{t+1} - v_t, A_t = d_t + gamma lam A_{t+1}.
-
-    All (N, T+1), index t is what belongs to row t -> (N, T). A terminal state is worth 0, no sum runs across an end; at
-    an is_last row, which acts no more, the advantage is 0.
-    """
-    going = 1 - is_last.float()  # (N, T+1)
-    delta = reward[:, 1:] + gamma * value[:, 1:] * (1 - is_terminal[:, 1:].float()) - value[:, :-1]
-    out = [torch.zeros_like(value[:, 0])]
-    for t in range(delta.shape[1] - 1, -1, -1):
-        out.append((delta[:, t] + gamma * lam * out[-1]) * going[:, t])
-    return torch.stack(out[:0:-1], 1)
-
-
-def window_returns(reward, value, is_last, is_terminal, gamma):
-    """R_t: rewards to the end of the episode or of the window, there bootstrapped by the value. Terminal rows: 0. It is
-    advantages with lam = 1, plus the value. All (N, T+1) -> (N, T).
-    """
-    value = value * (1 - is_terminal.float())  # (N, T+1)
-    return value[:, :-1] + advantages(reward, value, is_last, is_terminal, gamma, 1.0)
-
-
-def policy_loss(logp, entropy, advantage, entropy_scale):
-    """-(ln pi(a) sg(A) + eta H). All (N, T) -> (N, T)."""
-    return -(logp * advantage.detach() + entropy_scale * entropy)
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -404,6 +364,48 @@ class Keys(nn.Module):
 
 
 # --- agent ------------------------------------------------------------------------------------------------------------
+
+
+def kl_gaussian(mean, std, mean2, std2):
+    """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
+    return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)
+
+
+def sample_onehot(probs, noise=None):
+    """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
+
+    probs: (..., K) probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
+    """
+    noise = torch.rand_like(probs).log_().neg_() if noise is None else noise
+    index = (probs.detach() / noise).argmax(-1, keepdim=True)
+    return torch.zeros_like(probs).scatter_(-1, index, 1.0)
+
+
+def advantages(reward, value, is_last, is_terminal, gamma, lam):
+    """Algorithm 1, generalised advantages: d_t = r_{t+1} + gamma v_{t+1} - v_t, A_t = d_t + gamma lam A_{t+1}.
+
+    All (N, T+1), index t is what belongs to row t -> (N, T). A terminal state is worth 0, no sum runs across an end; at
+    an is_last row, which acts no more, the advantage is 0.
+    """
+    going = 1 - is_last.float()  # (N, T+1)
+    delta = reward[:, 1:] + gamma * value[:, 1:] * (1 - is_terminal[:, 1:].float()) - value[:, :-1]
+    out = [torch.zeros_like(value[:, 0])]
+    for t in range(delta.shape[1] - 1, -1, -1):
+        out.append((delta[:, t] + gamma * lam * out[-1]) * going[:, t])
+    return torch.stack(out[:0:-1], 1)
+
+
+def window_returns(reward, value, is_last, is_terminal, gamma):
+    """R_t: rewards to the end of the episode or of the window, there bootstrapped by the value. Terminal rows: 0. It is
+    advantages with lam = 1, plus the value. All (N, T+1) -> (N, T).
+    """
+    value = value * (1 - is_terminal.float())  # (N, T+1)
+    return value[:, :-1] + advantages(reward, value, is_last, is_terminal, gamma, 1.0)
+
+
+def policy_loss(logp, entropy, advantage, entropy_scale):
+    """-(ln pi(a) sg(A) + eta H). All (N, T) -> (N, T)."""
+    return -(logp * advantage.detach() + entropy_scale * entropy)
 
 
 def state_of(inputs):
@@ -642,8 +644,7 @@ def train(args: Args) -> dict:
         seed(args.seed)
     envs = make_envs(args.env_id, args.num_envs, args.seed, args)
     agent = AGENTS[args.agent](envs.single_observation_space, envs.single_action_space, args)
-    device, state = agent.device, agent.initial(args.num_envs)
-    cuda = device.type == "cuda"
+    device, cuda, state = agent.device, agent.device.type == "cuda", agent.initial(args.num_envs)
     update, act = (Captured(fn, args.cuda_graph and cuda) for fn in (agent.update, agent.act))
     run_dir, writer = open_run(args, agent, saved)
     step, updates, recent = 0, 0, []  # recent: last 100 returns
@@ -688,10 +689,10 @@ def train(args: Args) -> dict:
                 charts = {"charts/SPS": speed, "charts/frames": step * args.action_repeat, "charts/updates": updates}
                 for key, value in {**finite(stats), **charts}.items():
                     writer.add_scalar(key, value, step)
-                score = np.mean(recent or np.nan)
+                score, loss = np.mean(recent or [np.nan]), stats["losses/total"]
                 progress = f"step {step:,}/{args.total_timesteps:,}  return {score:.1f}  {speed:.1f} steps/s"
-                loss, left = stats["losses/total"], (args.total_timesteps - step) / speed / 60
-                print(f"{progress}  updates {updates:,}  loss {loss:.1f}  left {max(0, left):.1f} min", flush=True)
+                left = max(0, args.total_timesteps - step) / speed / 60
+                print(f"{progress}  updates {updates:,}  loss {loss:.1f}  left {left:.1f} min", flush=True)
                 began, since = time.time(), step
             if done or before // args.checkpoint_every < step // args.checkpoint_every:
                 finite(stats)  # what is broken is not saved
@@ -707,7 +708,7 @@ def train(args: Args) -> dict:
     finally:
         writer.close()  # first: the environments of a broken simulator may raise again
         envs.close()
-    score = float(np.mean(recent or np.nan))
+    score = float(np.mean(recent or [np.nan]))
     return {"run_dir": str(run_dir), "global_step": step, "updates": updates, "episodic_return": score, **finite(stats)}
 
 

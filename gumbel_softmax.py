@@ -40,7 +40,7 @@ import struct
 import sys
 import time
 import zipfile
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -588,10 +588,9 @@ def train(args: Args) -> dict:
         return evaluate(agent, load_data(args, agent.device)["test"][: args.eval_images], args.eval_samples)
     step, curve, seconds, saved = 0, [], 0.0, None
     if args.resume:
-        saved = load(args.resume, "cpu", need=("args", "agent", "optimizer", "now"))
+        saved = load(args.resume, need=("args", "agent", "optimizer", "now"))
         step, curve, seconds = (saved["now"][key] for key in ("step", "curve", "seconds"))
-        free = ("resume", "device", "data", "total_steps", "eval_samples", "eval_images", "run_root")
-        agent, args = load_agent(args.resume, args, free)
+        agent, args = load_agent(args.resume, args, RESUMED)
         run_dir = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
         if args.total_steps < step:
             fail(f"--total-steps {args.total_steps}: allowed: the {step} of the checkpoint, or more")
@@ -655,24 +654,26 @@ def train(args: Args) -> dict:
 
 # === Part 3: plumbing =================================================================================================
 
+RESUMED = ("resume", "device", "data", "total_steps", "eval_samples", "eval_images", "run_root")  # beside --resume
+SHOWN = ("eval", "device", "data", "eval_samples", "eval_images")  # flags beside --eval
+OF_A_CALL = dict(resume=None, eval=None, device="auto")  # flags that no run hands on
+
 
 def fail(message):
     """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
-    cuda = torch.cuda.is_available()
+    gpus = torch.cuda.device_count()
     try:
-        device = torch.device(args.device if args.device != "auto" else "cuda" if cuda else "cpu")
-        assert device.type in ("cpu", "cuda")
+        device = torch.device(args.device if args.device != "auto" else "cuda" if gpus else "cpu")
+        assert device.type == "cpu" or device.type == "cuda" and (device.index or 0) < gpus
     except (AssertionError, RuntimeError):
-        fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...")
+        fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...; PyTorch sees {gpus} GPUs")
     if device.type == "cuda":
-        if not (device.index or 0) < torch.cuda.device_count():
-            fail(f"--device {args.device}: PyTorch {torch.__version__} sees no such CUDA device; allowed: auto, cpu")
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)  # a graph is captured on the current device
     return device
@@ -771,38 +772,38 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
-def load(path, device, need=()):
+def load(path, need=()):
     """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         assert all(key in state for key in need), "another kind of file"
         return state
     except Exception as error:
-        text = " ".join(str(error).split())[:200]
-        fail(f"{path}: cannot be read ({type(error).__name__}: {text}); allowed: a checkpoint.pt")
+        fail(f"{path}: cannot be read ({type(error).__name__}: {str(error)[:200]}); allowed: a checkpoint.pt")
 
 
-def load_agent(path, args=None, free=("eval", "device", "data", "eval_samples", "eval_images")):
-    """path: checkpoint or run folder -> the agent, its Args: the flags of the checkpoint. args: those of a call. Those
-    named in free replace the checkpoint's; all others, where they are given and not the default, must agree with it.
-    device belongs to a call, not to a run: it is not inherited.
-    """
-    state = load(path, "cpu", need=("args", "agent", "now"))
-    saved = state["args"]
-    if saved.keys() != {x.name for x in fields(Args)}:
+def inherit(args, path, saved, free):
+    """The flags of a run; of those named in free, what is given now. Any other that is given must be as it was."""
+    flags = {**asdict(Args()), **saved, **OF_A_CALL}
+    given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
+    if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
-    given = {name: value for name, value in asdict(args or Args()).items() if value != getattr(Args, name)}
-    for name, value in given.items():
-        if name not in free and value != saved[name]:
-            flags = ", ".join(f"--{x}" for x in free).replace("_", "-")
-            fail(f"--{name.replace('_', '-')} {value}: the run at {path} has {saved[name]}; allowed to change: {flags}")
-    agent = Agent(resolve(Args(**{**saved, "device": "auto", **given})))
+    for key in given.keys() - free:
+        if given[key] != flags[key]:
+            flag, allowed = f"--{key.replace('_', '-')} {given[key]}", ", ".join(free).replace("_", "-")
+            fail(f"{flag}: the run at {path} has {flags[key]}; allowed to change: {allowed}")
+    return Args(**{**flags, **given})
+
+
+def load_agent(path, args=None, free=SHOWN):
+    """path: checkpoint or run folder -> the agent, its Args. args: those of a call; free: what they may change."""
+    saved = load(path, need=("args", "agent", "now"))
+    agent = Agent(resolve(inherit(args or Args(), path, saved["args"], free)))
     try:
-        agent.load_state_dict(state["agent"])
+        agent.load_state_dict(saved["agent"])
     except RuntimeError as error:
-        line = str(error).splitlines()[-1].strip()
-        fail(f"{path}: made for other networks ({line}); allowed: its own flags and version")
+        fail(f"{path}: made for other networks; allowed: its own flags and version ({error})")
     return agent, agent.args
 
 

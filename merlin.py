@@ -48,11 +48,13 @@ import importlib.util
 import io
 import json
 import os
+import platform
 import random
 import re
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -102,7 +104,6 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     bf16: bool = True  # TF32 products on a GPU, bfloat16 ones on a CPU with AMX
     cuda_graph: bool = True  # replay the step of acting, and the whole update, as CUDA graphs on a GPU
-    torch_deterministic: bool = False  # ask cuDNN for deterministic kernels
     exp_name: str = Path(__file__).stem  # names the run
     run_root: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder or checkpoint to go on from
@@ -111,28 +112,35 @@ class Args:
     track: bool = False  # mirror TensorBoard to Weights & Biases (pip install wandb; WANDB_PROJECT, WANDB_ENTITY)
 
 
-PAPER = dict(total_timesteps=100_000_000, num_envs=32, window=20, checkpoint_every=1_000_000, gamma=0.96, lam=0.9)
-PAPER |= dict(entropy_scale=0.01, learning_rate=1e-4, policy_learning_rate=1e-4)
-PAPER |= dict(stoch=200, hidden=256, units=200, depth=64, keys=3, rows=1350)
-SMALL = dict(total_timesteps=500_000, window=16, checkpoint_every=100_000, gamma=0.8, lam=0.9, entropy_scale=0.04)
-SMALL |= dict(learning_rate=3e-3, policy_learning_rate=1e-3, stoch=16, hidden=64, units=64, depth=16, rows=64)
-DEBUG = {**SMALL, "total_timesteps": 2_000, "num_envs": 8, "window": 8, "checkpoint_every": 1_000, "rows": 10}
-DEBUG |= dict(stoch=4, hidden=8, units=8, depth=4, keys=2)
-SIZES = {"debug": DEBUG, "small": SMALL, "paper": PAPER}
+# fmt: off
+GAME = dict(gamma=0.8, lam=0.9, entropy_scale=0.04, learning_rate=3e-3, policy_learning_rate=1e-3)
+PAPER = dict(gamma=0.96, lam=0.9, entropy_scale=0.01, learning_rate=1e-4, policy_learning_rate=1e-4)
+SIZES = {
+    "debug": dict(stoch=4,   hidden=8,   units=8,   depth=4,  keys=2, rows=10,    num_envs=8,  window=8,
+                  total_timesteps=2_000, checkpoint_every=1_000, **GAME),
+    "small": dict(stoch=16,  hidden=64,  units=64,  depth=16, keys=3, rows=64,    num_envs=32, window=16,
+                  total_timesteps=500_000, checkpoint_every=100_000, **GAME),
+    "paper": dict(stoch=200, hidden=256, units=200, depth=64, keys=3, rows=1_350, num_envs=32, window=20,
+                  total_timesteps=100_000_000, checkpoint_every=1_000_000, **PAPER),
+}
+# fmt: on
 ALPHAS = [field.name for field in fields(Args) if field.name.startswith("alpha_")]
-FOREIGN = {"merlin": ["value_scale"], "rl_mem": ["learning_rate", "predictor_clip", *ALPHAS]}  # of no use to an agent
-FOREIGN["rl_lstm"] = [*FOREIGN["rl_mem"], "rows", "keys", "stoch"]
-OF_A_CALL = ("device", "track")  # flags that a checkpoint does not hand on
+FOREIGN = {  # of no use to an agent
+    "merlin": ["value_scale"],
+    "rl_mem": ["learning_rate", "predictor_clip", *ALPHAS],
+    "rl_lstm": ["learning_rate", "predictor_clip", *ALPHAS, "rows", "keys", "stoch"],
+}
 
 
 def resolve(args: Args) -> Args:
-    """Fill what was left open (None) from the preset of --size; an explicit flag wins. Stops with exit code 2 where
-    flags are impossible or contradict each other.
+    """Fill what was left open (None) from the preset of --size and the number of cards. An explicit flag wins.
+
+    Stops with exit code 2 where flags are impossible or contradict each other.
     """
     game = re.fullmatch(r"MemoryGame-([1-9]\d*)-v0", args.env_id)
     if game and '"cards"' in args.env_kwargs:
         fail(f"--env-kwargs {args.env_kwargs}: allowed: cards in --env-id, as in MemoryGame-{game[1]}-v0")
-    preset = {**PAPER, **SIZES[args.size]}
+    preset = dict(SIZES[args.size])
     if game and args.size == "small":  # a whole episode
         preset |= {"window": 2 * int(game[1]), "rows": 2 * int(game[1]) + 2}
     for name in FOREIGN[args.agent]:
@@ -156,20 +164,7 @@ def resolve(args: Args) -> Args:
 
 # === Part 1: the algorithm ============================================================================================
 
-
-def kl_gaussian(mean, std, mean2, std2):
-    """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
-    return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)
-
-
-def sample_onehot(probs, noise=None):
-    """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
-
-    probs: (..., K) probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
-    """
-    noise = torch.rand_like(probs).log_().neg_() if noise is None else noise
-    index = (probs.detach() / noise).argmax(-1, keepdim=True)
-    return torch.zeros_like(probs).scatter_(-1, index, 1.0)
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def onehot(index, count):
@@ -214,39 +209,13 @@ def write(state, content, read_weights, gamma):
     if torch.is_grad_enabled():  # products by element: those of matrices are rounded on a GPU (TF32)
         added = torch.cat([first * z, second * z], -1)  # (N, R, W)
         memory = torch.addcmul(added, state["memory"], kept[..., None])  # (N, R, W)
-    else:
-        memory = state["memory"].mul_(kept[..., None])
-        memory.chunk(2, -1)[0].addcmul_(first, z)
-        memory.chunk(2, -1)[1].addcmul_(second, z)
+    else:  # in place, as most of it stays; Agent.forget has made a copy of what act was given
+        memory = state["memory"].mul_(kept[..., None])  # (N, R, W)
+        contents, summaries = memory.chunk(2, -1)
+        contents.addcmul_(first, z)
+        summaries.addcmul_(second, z)
     new = {"memory": memory, "count": free + 1, "retro": retro, "last": chosen}
     return {**new, "usage": usage * kept, "age": age * kept}
-
-
-def advantages(reward, value, is_last, is_terminal, gamma, lam):
-    """Algorithm 1, generalised advantages: d_t = r_{t+1} + gamma v_{t+1} - v_t, A_t = d_t + gamma lam A_{t+1}.
-
-    All (N, T+1), index t is what belongs to row t -> (N, T). A terminal state is worth 0, no sum runs across an end; at
-    an is_last row, which acts no more, the advantage is 0.
-    """
-    going = 1 - is_last.float()  # (N, T+1)
-    delta = reward[:, 1:] + gamma * value[:, 1:] * (1 - is_terminal[:, 1:].float()) - value[:, :-1]
-    out = [torch.zeros_like(value[:, 0])]
-    for t in range(delta.shape[1] - 1, -1, -1):
-        out.append((delta[:, t] + gamma * lam * out[-1]) * going[:, t])
-    return torch.stack(out[:0:-1], 1)
-
-
-def window_returns(reward, value, is_last, is_terminal, gamma):
-    """R_t: rewards to the end of the episode or of the window, there bootstrapped by the value. Terminal rows: 0. It is
-    advantages with lam = 1, plus the value. All (N, T+1) -> (N, T).
-    """
-    value = value * (1 - is_terminal.float())  # (N, T+1)
-    return value[:, :-1] + advantages(reward, value, is_last, is_terminal, gamma, 1.0)
-
-
-def policy_loss(logp, entropy, advantage, entropy_scale):
-    """-(ln pi(a) sg(A) + eta H). All (N, T) -> (N, T)."""
-    return -(logp * advantage.detach() + entropy_scale * entropy)
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -329,8 +298,8 @@ class Decoder(nn.Module):
         self.shapes, self.images = encoder.shapes, encoder.images
         self.numbers, self.vectors = encoder.numbers, encoder.vectors
         self.trunk = nn.Sequential(nn.Linear(args.stoch, args.units), nn.Tanh())
-        self.heads = nn.ModuleDict({key: nn.Linear(args.units, width) for key, width in encoder.widths.items()})
-        self.action, self.reward = nn.Linear(args.units, action_size), nn.Linear(args.units, 1)
+        widths = {**encoder.widths, "action": action_size, "reward": 1}
+        self.heads = nn.ModuleDict({key: nn.Linear(args.units, width) for key, width in widths.items()})
         if self.images:
             C = args.depth
             dense = [nn.Linear(args.stoch, 500), nn.ReLU(), nn.Linear(500, 64 * C), nn.ReLU()]
@@ -345,7 +314,7 @@ class Decoder(nn.Module):
         if self.images:
             image = self.image_net(z).float().permute(0, 2, 3, 1)
             out |= dict(zip(self.images, image.split([self.shapes[key][-1] for key in self.images], -1), strict=True))
-        return {**out, "action": self.action(x).float(), "reward": self.reward(x).float()[..., 0]}
+        return {**out, "reward": out["reward"][..., 0]}
 
     def losses(self, z, obs, action, reward):
         """-> {"image", "obs", "action", "reward": (N,)}: squared errors and cross-entropies, summed. "image" and "obs"
@@ -397,8 +366,50 @@ class Keys(nn.Module):
 # --- agent ------------------------------------------------------------------------------------------------------------
 
 
+def kl_gaussian(mean, std, mean2, std2):
+    """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
+    return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)
+
+
+def sample_onehot(probs, noise=None):
+    """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
+
+    probs: (..., K) probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
+    """
+    noise = torch.rand_like(probs).log_().neg_() if noise is None else noise
+    index = (probs.detach() / noise).argmax(-1, keepdim=True)
+    return torch.zeros_like(probs).scatter_(-1, index, 1.0)
+
+
+def advantages(reward, value, is_last, is_terminal, gamma, lam):
+    """Algorithm 1, generalised advantages: d_t = r_{t+1} + gamma v_{t+1} - v_t, A_t = d_t + gamma lam A_{t+1}.
+
+    All (N, T+1), index t is what belongs to row t -> (N, T). A terminal state is worth 0, no sum runs across an end; at
+    an is_last row, which acts no more, the advantage is 0.
+    """
+    going = 1 - is_last.float()  # (N, T+1)
+    delta = reward[:, 1:] + gamma * value[:, 1:] * (1 - is_terminal[:, 1:].float()) - value[:, :-1]
+    out = [torch.zeros_like(value[:, 0])]
+    for t in range(delta.shape[1] - 1, -1, -1):
+        out.append((delta[:, t] + gamma * lam * out[-1]) * going[:, t])
+    return torch.stack(out[:0:-1], 1)
+
+
+def window_returns(reward, value, is_last, is_terminal, gamma):
+    """R_t: rewards to the end of the episode or of the window, there bootstrapped by the value. Terminal rows: 0. It is
+    advantages with lam = 1, plus the value. All (N, T+1) -> (N, T).
+    """
+    value = value * (1 - is_terminal.float())  # (N, T+1)
+    return value[:, :-1] + advantages(reward, value, is_last, is_terminal, gamma, 1.0)
+
+
+def policy_loss(logp, entropy, advantage, entropy_scale):
+    """-(ln pi(a) sg(A) + eta H). All (N, T) -> (N, T)."""
+    return -(logp * advantage.detach() + entropy_scale * entropy)
+
+
 def state_of(inputs):
-    """What lies under "state/..." in a flat {key: tensor}, as Captured takes it."""
+    """What lies under "state/..." in a flat {key: tensor}, where a key of an observation may be that of a state."""
     return {key.removeprefix("state/"): x for key, x in inputs.items() if key.startswith("state/")}
 
 
@@ -416,16 +427,13 @@ class Agent(nn.Module):
         groups = self.networks(self.actions, self.encoder.size, args.stoch, args.hidden, 2 * args.stoch, args.keys)
         self.to(self.device)
         self.params = list(self.parameters())
-        cuda = self.device.type == "cuda"
-        self.optimizer = torch.optim.Adam(groups, foreach=True, capturable=cuda)
-        graphs = args.cuda_graph and cuda
-        self.captured_step, self.captured_act = Captured(self.step, graphs), Captured(self.act_step, graphs)
+        self.optimizer = torch.optim.Adam(groups, foreach=True, capturable=self.device.type == "cuda")
 
     def networks(self, A, E, Z, U, W, K):
         """Make them; self.carried: shapes of the state; self.scales: of losses. -> groups for the optimiser."""
         args = self.args
-        self.carried = {"action": (A,), "read": (K, W), "policy_read": (1, W), **memory_shapes(args.rows, W)}
-        self.carried |= dict.fromkeys(("h", "c", "policy_h", "policy_c"), (2, U))
+        self.carried = {"action": (A,), "noise": (Z,), "read": (K, W), "policy_read": (1, W)}
+        self.carried |= dict.fromkeys(("h", "c", "policy_h", "policy_c"), (2, U)) | memory_shapes(args.rows, W)
         self.decoder = Decoder(self.encoder, A, args)
         self.prior = mlp(2 * U + K * W, W, W, layers=2)
         self.posterior = mlp(E + 2 * U + K * W + W, W, W, layers=2)
@@ -482,29 +490,29 @@ class Agent(nn.Module):
         shape = lambda x: is_first.view(-1, *[1] * (x.dim() - 1))
         return {key: x.masked_fill(shape(x), 0) for key, x in state.items()}
 
-    def act_step(self, inputs):
-        """What of acting runs on the device: {obs, reward, is_first, greedy, state/...} -> outputs, noise, state/..."""
-        state = self.forget(state_of(inputs), inputs["is_first"])
-        noise = torch.randn(len(inputs["reward"]), self.args.stoch, device=self.device)  # (N, Z)
-
-        def choose(logits):
-            best = onehot(logits.argmax(-1), self.actions)  # (N, A)
-            return torch.where(inputs["greedy"], best, sample_onehot(logits.softmax(-1)))
-
-        outputs, state = self.tick(self.encoder(inputs, state["action"], inputs["reward"]), state, noise, choose)
-        return {**outputs, "noise": noise, **{f"state/{key}": x for key, x in state.items()}}
+    def inputs(self, row, state):
+        """What act takes: observations, reward and is_first of a row, and the state of initial or of the last act."""
+        keys = (*self.encoder.shapes, "reward", "is_first")
+        seen = {key: torch.as_tensor(row[key]).to(self.device, non_blocking=True) for key in keys}
+        return seen | {f"state/{key}": x for key, x in state.items()}
 
     @torch.no_grad()
-    def act(self, obs, is_first, state, eval=False):
-        """obs: {key: (N, ...)} arrays or tensors, with "reward" (N,); is_first: (N,); state: of initial, or of the last
-        act. -> actions (int64 (N,)), new state. eval: most likely action. self.seen: what the step has computed.
+    def act(self, inputs, eval=False):
+        """-> the next state, with "action" (N, A) for what to do now, and "noise" (N, Z), for unroll to draw the same
+        latents again. eval: the most likely action.
         """
-        put = lambda x: torch.as_tensor(x).to(self.device, non_blocking=True)  # the one wait is that for the action
-        inputs = {key: put(obs[key]) for key in (*self.encoder.shapes, "reward")}
-        inputs |= {"is_first": put(is_first), "greedy": torch.full((), eval, device=self.device)}
-        self.seen = self.captured_act({**inputs, **{f"state/{key}": x for key, x in state.items()}})
-        state = {key: self.seen[f"state/{key}"].clone() for key in state}
-        return state["action"].argmax(-1).cpu().numpy(), state
+        state = self.forget(state_of(inputs), inputs["is_first"])
+        embed = self.encoder(inputs, state["action"], inputs["reward"])  # (N, E)
+        noise = torch.randn_like(state["noise"])  # (N, Z)
+
+        def choose(logits):
+            return onehot(logits.argmax(-1), self.actions) if eval else sample_onehot(logits.softmax(-1))
+
+        return {**self.tick(embed, state, noise, choose)[1], "noise": noise}
+
+    def env_action(self, state):
+        """State of act -> actions for the vector environment, int64 (N,). Waits for the device."""
+        return state["action"].argmax(-1).cpu().numpy()
 
     def unroll(self, batch):
         """The window again, with the actions and the noise of acting, and with gradients.
@@ -558,9 +566,10 @@ class Agent(nn.Module):
         losses |= {key: loss.unflatten(0, acts.shape) for key, loss in recon.items()}
         return losses, stats
 
-    def step(self, batch):
-        """One gradient step on a window: rows {key: (N, T+1, ...)} with "action" and "noise", and "state/...", what the
-        state was before the first of them. -> statistics, 0-d tensors. No host sync: a CUDA graph captures it.
+    def update(self, batch):
+        """One gradient step on a window, without any host sync, so that a CUDA graph can capture it. batch: T+1 rows,
+        {key: (N, T+1, ...)}, with "action" and "noise", and "state/...", the state before the first of them.
+        -> statistics, 0-d tensors on the device.
         """
         losses, stats = self.losses(batch)
         losses = {key: loss.mean() for key, loss in losses.items()}
@@ -575,10 +584,6 @@ class Agent(nn.Module):
         losses = {f"losses/{key}": loss.detach() for key, loss in losses.items()}
         return {**losses, **{f"stats/{key}": x for key, x in stats.items()}}
 
-    def update(self, batch):
-        """step, on a GPU as a CUDA graph: the next update overwrites the statistics."""
-        return self.captured_step(batch)
-
 
 class RLAgent(Agent):
     """RL-LSTM: an LSTM over the embedding. RL-MEM: over the last reads of a memory, too, whose contents are learned
@@ -587,7 +592,7 @@ class RLAgent(Agent):
 
     def networks(self, A, E, Z, U, W, K):
         args, self.remembers = self.args, self.args.agent == "rl_mem"
-        self.carried = {"action": (A,), "policy_h": (2, U), "policy_c": (2, U)}
+        self.carried = {"action": (A,), "noise": (Z,), "policy_h": (2, U), "policy_c": (2, U)}
         self.policy_lstm = DeepLSTM(E + K * W * self.remembers, U)
         self.policy, self.value = mlp(E + 2 * U, args.units, A), mlp(E + 2 * U, args.units, 1)
         if self.remembers:
@@ -626,110 +631,92 @@ AGENTS = {"merlin": Agent, "rl_mem": RLAgent, "rl_lstm": RLAgent}  # --agent
 # === Part 2: training =================================================================================================
 
 
-def collect(args, agent, envs, row, state, played, now, writer):
-    """Play a window. -> the batch for update; row and state after it. Kept up to date: played, returns and lengths of
-    the episodes that go on; now, see train.
-    """
-    start, rows = {f"state/{key}": x for key, x in state.items()}, []
-    for _ in range(args.window):
-        action, state = agent.act(row, row["is_first"], state)
-        rows.append({**row, "action": action, "noise": agent.seen["noise"].clone()})
-        now["step"] += int((~row["is_last"]).sum())  # a reset is no step
-        row = next_row(envs, action, row)
-        played["return"] = played["return"] * ~row["is_first"] + row["reward"]
-        played["length"] = (played["length"] + 1) * ~row["is_first"]
-        for n in np.flatnonzero(row["is_last"]):
-            for name, values in played.items():
-                writer.add_scalar(f"charts/episodic_{name}", values[n], now["step"])
-            now["recent"] = [*now["recent"], float(played["return"][n])][-100:]
-    noise = torch.randn_like(rows[-1]["noise"])
-    rows.append({**row, "action": np.zeros_like(action), "noise": noise})  # for its value
-    batch = {"noise": torch.stack([x.pop("noise") for x in rows], 1)}
-    for key in rows[0]:  # one transfer each for the window
-        batch[key] = torch.as_tensor(np.stack([x[key] for x in rows], 1), device=agent.device)
-    return {**batch, **start}, row, state
-
-
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
     if args.eval and args.resume:
         fail("--resume --eval: one of them at a time is allowed")
     if args.eval:
         return show(args)
-    saved = load(args.resume, "cpu", need=("args", "agent", "now")) if args.resume else None
-    free = ("resume", "total_timesteps", "checkpoint_every", "log_every", *OF_A_CALL)
-    args = resolve(merge(args, args.resume, saved["args"], free) if saved else args)
+    saved = load(args.resume, need=("args", "agent", "now")) if args.resume else None
+    args = resolve(inherit(args, args.resume, saved["args"], RESUMED) if saved else args)
     tune(args)
     for seed in random.seed, np.random.seed, torch.manual_seed:
         seed(args.seed)
     envs = make_envs(args.env_id, args.num_envs, args.seed, args)
     agent = AGENTS[args.agent](envs.single_observation_space, envs.single_action_space, args)
-    cuda = agent.device.type == "cuda"
-    now = {"step": 0, "updates": 0, "recent": []}  # recent: returns of the last 100 episodes
-    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_root) / name
-    if saved:
-        run_dir = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
-        restore_weights(agent, saved["agent"], args.resume)
+    device, cuda, state = agent.device, agent.device.type == "cuda", agent.initial(args.num_envs)
+    update, act = (Captured(fn, args.cuda_graph and cuda) for fn in (agent.update, agent.act))
+    run_dir, writer = open_run(args, agent, saved)
+    step, updates, recent = 0, 0, []  # recent: last 100 returns
+    if saved:  # new episodes begin: the interrupted ones are lost
+        load_weights(agent, saved, run_dir)
         for group in saved["optimizer"]["param_groups"]:
             group["capturable"] = cuda  # the run may have begun on another device
         agent.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["random"])
         if cuda and saved["cuda_random"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_random"], agent.device)
-        now = saved["now"]
+            torch.cuda.set_rng_state(saved["cuda_random"], device)
+        step, updates, recent = saved["now"].values()
+    row, stats, began, since = start_row(envs, args.seed + step), {}, time.time(), step
+    returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the episodes that go on
     try:
-        run_dir.mkdir(parents=True, exist_ok=bool(saved))
-    except OSError as error:
-        fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
-    writer = open_writer(args, run_dir, now["step"])
-    warning = "CPU  <-- WARNING: no GPU; images are slow" if agent.encoder.images else "CPU (vectors: fine)"
-    gpu = torch.cuda.get_device_name(agent.device) if cuda else ""
-    print(f"run       {run_dir}\ndevice    {gpu or warning}; PyTorch {torch.__version__}")
-    print(f"agent     {args.agent}, {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
-    print(f"training  {args.window} steps of {args.num_envs} environments an update, each window once", flush=True)
-    played = {"return": np.zeros(args.num_envs), "length": np.zeros(args.num_envs, int)}
-    stats, began, since = {}, time.time(), now["step"]
-    score = float(np.mean(now["recent"])) if now["recent"] else float("nan")
-    try:
-        row, state = start_row(envs, args.seed + now["step"]), agent.initial(args.num_envs)
-        while now["step"] < args.total_timesteps:
-            before = now["step"]
-            batch, row, state = collect(args, agent, envs, row, state, played, now, writer)
-            stats = agent.update(batch)
-            now["updates"] += 1
-            step, done = now["step"], now["step"] >= args.total_timesteps
-            score = float(np.mean(now["recent"])) if now["recent"] else float("nan")
-            log = done or time.time() - began > args.log_every
-            keep = done or before // args.checkpoint_every < step // args.checkpoint_every
-            if log or keep or not cuda:  # a GPU is waited for only then
-                stats = finite(stats)
-            if log:
+        while step < args.total_timesteps:
+            before, rows = step, []
+            start = {f"state/{key}": x.clone() for key, x in state.items()}  # a captured act overwrites its results
+            for _ in range(args.window):
+                state = act(agent.inputs(row, state))
+                action = agent.env_action(state)
+                rows.append({**row, "action": action, "noise": state["noise"].clone()})
+                step += int((~row["is_last"]).sum())  # a reset is no step
+                row = next_row(envs, action, row)
+                returns, lengths = returns * ~row["is_first"] + row["reward"], (lengths + 1) * ~row["is_first"]
+                for n in np.flatnonzero(row["is_last"]):
+                    recent = [*recent, float(returns[n])][-100:]
+                    writer.add_scalar("charts/episodic_return", returns[n], step)
+                    writer.add_scalar("charts/episodic_length", lengths[n], step)
+
+            # one row more, the first of the next window, is there for its value; its action is a dummy
+            rows.append({**row, "action": np.zeros_like(action), "noise": torch.randn_like(state["noise"])})
+            batch = {key: torch.stack([torch.as_tensor(x[key]) for x in rows], 1).to(device) for key in rows[0]}
+            stats = update({**batch, **start})
+            updates += 1
+            if not cuda:
+                finite(stats)
+
+            done = step >= args.total_timesteps
+            if done or time.time() - began > args.log_every:
                 speed = max(1, step - since) / (time.time() - began)
-                began, since = time.time(), step
-                left = f"{max(0, args.total_timesteps - step) / speed / 60:.1f} min"
-                line = f"step {step:,}/{args.total_timesteps:,}  return {score:.1f}  {speed:.1f} steps/s"
-                print(f"{line}  updates {now['updates']:,}  loss {stats['losses/total']:.1f}  left {left}", flush=True)
-                charts = {"charts/SPS": speed, "charts/frames": step * args.action_repeat}
-                for key, value in {**stats, **charts, "charts/gradient_steps": now["updates"]}.items():
+                charts = {"charts/SPS": speed, "charts/frames": step * args.action_repeat, "charts/updates": updates}
+                for key, value in {**finite(stats), **charts}.items():
                     writer.add_scalar(key, value, step)
-            if keep:
+                score, loss = np.mean(recent or [np.nan]), stats["losses/total"]
+                progress = f"step {step:,}/{args.total_timesteps:,}  return {score:.1f}  {speed:.1f} steps/s"
+                left = max(0, args.total_timesteps - step) / speed / 60
+                print(f"{progress}  updates {updates:,}  loss {loss:.1f}  left {left:.1f} min", flush=True)
+                began, since = time.time(), step
+            if done or before // args.checkpoint_every < step // args.checkpoint_every:
+                finite(stats)  # what is broken is not saved
+                now = {"step": step, "updates": updates, "recent": recent}
                 parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now}
+                parts |= {"cuda_random": torch.cuda.get_rng_state(device) if cuda else None}
                 parts |= {"random": torch.get_rng_state(), "args": asdict(args), "source": SOURCE}
-                parts["cuda_random"] = torch.cuda.get_rng_state(agent.device) if cuda else None
                 save(run_dir / "checkpoint.pt", **parts)
                 writer.flush()
     except Exception as error:
         last = f"{run_dir} holds the last checkpoint" if (run_dir / "checkpoint.pt").exists() else "no checkpoint yet"
-        raise RuntimeError(f"policy step {now['step']:,}: {type(error).__name__}: {error} ({last})") from error
+        raise RuntimeError(f"policy step {step:,}: {type(error).__name__}: {error} ({last})") from error
     finally:
         writer.close()  # first: the environments of a broken simulator may raise again
         envs.close()
-    result = {"run_dir": str(run_dir), "global_step": now["step"], "updates": now["updates"], "episodic_return": score}
-    return {**result, **stats}
+    score = float(np.mean(recent or [np.nan]))
+    return {"run_dir": str(run_dir), "global_step": step, "updates": updates, "episodic_return": score, **finite(stats)}
 
 
 # === Part 3: plumbing =================================================================================================
+
+RESUMED = ("resume", "total_timesteps", "checkpoint_every", "log_every", "device", "track")  # flags beside --resume
+SHOWN = ("eval", "eval_episodes", "seed", "device")  # flags beside --eval
+OF_A_CALL = dict(resume=None, eval=None, device="auto", track=False)  # flags that no run hands on
 
 
 class Captured:
@@ -770,21 +757,19 @@ class Captured:
 
 def fail(message):
     """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
-    cuda = torch.cuda.is_available()
+    gpus = torch.cuda.device_count()
     try:
-        device = torch.device(args.device if args.device != "auto" else "cuda" if cuda else "cpu")
-        assert device.type in ("cpu", "cuda")
+        device = torch.device(args.device if args.device != "auto" else "cuda" if gpus else "cpu")
+        assert device.type == "cpu" or device.type == "cuda" and (device.index or 0) < gpus
     except (AssertionError, RuntimeError):
-        fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...")
+        fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...; PyTorch sees {gpus} GPUs")
     if device.type == "cuda":
-        if not (device.index or 0) < torch.cuda.device_count():
-            fail(f"--device {args.device}: PyTorch {torch.__version__} sees no such CUDA device; allowed: auto, cpu")
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)  # a graph is captured on the current device
     return device
@@ -794,16 +779,12 @@ def tune(args):
     """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
     again page by page is half of a CPU update.
     """
-    try:
+    if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map no block on its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
-    except (OSError, AttributeError):  # another system or C library: only slower
-        pass
     torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")  # medium: oneDNN, float32 without AMX
-    torch.backends.cudnn.allow_tf32 = args.bf16
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.benchmark = not args.torch_deterministic
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = args.bf16, True
 
 
 # --- environments -----------------------------------------------------------------------------------------------------
@@ -861,20 +842,20 @@ class MemoryGame(gym.Env):
         return self.observe(), 2.0 if pair else -1.0, over, self.count == 2 * self.cards and not over, {}
 
 
-def adapt(env, args):
+def adapt(env, repeat):
     """One environment -> Dict of uint8 images (H, W, C), integers (MultiDiscrete), and flat float32 vectors."""
-    space, action, flag = env.observation_space, env.action_space, f"--env-id {args.env_id}"
+    space, action = env.observation_space, env.action_space
     named = isinstance(space, spaces.Dict)
     parts = dict(space.spaces) if named else {"image" if is_image(space) else "vector": space}
     if not isinstance(action, spaces.Discrete):
-        fail(f"{flag}: action space {action}; allowed: Discrete")
+        raise ValueError(f"action space {action}; allowed: Discrete")
     numeric = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
     parts = {key: part for key, part in parts.items() if isinstance(part, numeric)}
     if not parts:
-        fail(f"{flag}: observation space {space}; allowed: Box, Discrete, MultiDiscrete, MultiBinary, Dict of such")
-    taken = {"action", "reward", "is_first", "is_last", "is_terminal", "noise", "greedy"}
+        raise ValueError(f"observation space {space}; allowed: Box, Discrete, MultiDiscrete, MultiBinary, Dict of such")
+    taken = {"action", "reward", "is_first", "is_last", "is_terminal", "noise"}
     if any(key in taken or "." in key or hasattr(nn.ModuleDict, key) for key in parts):
-        fail(f"{flag}: observation keys {list(parts)}; allowed: no dots, no attributes of nn.ModuleDict, not {taken}")
+        raise ValueError(f"observations {list(parts)}; allowed: no dots, no attributes of nn.ModuleDict, not {taken}")
 
     def adapted(part):
         if isinstance(part, spaces.Discrete | spaces.MultiDiscrete):
@@ -888,35 +869,33 @@ def adapt(env, args):
     inner = {key: adapted(part) for key, part in parts.items()}
     space = spaces.Dict({key: part for key, (part, _) in inner.items()})
     as_dict = lambda obs: {key: fn(obs[key] if named else obs) for key, (_, fn) in inner.items()}
-    env = gym.wrappers.RepeatAction(env, args.action_repeat)
+    env = gym.wrappers.RepeatAction(env, repeat)
     env = gym.wrappers.TransformAction(env, lambda a: a + action.start, spaces.Discrete(action.n))
     return gym.wrappers.TransformObservation(env, as_dict, space)
 
 
 def make_envs(env_id, num_envs, seed, args, render=False):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete actions."""
-    try:
-        kwargs = dict(json.loads(args.env_kwargs))
-    except (ValueError, TypeError):
-        fail(f"--env-kwargs {args.env_kwargs}: allowed: a JSON object, such as '{{\"continuous\": true}}'")
+    mode = {"render_mode": "rgb_array"} if render else {}
     game = re.fullmatch(r"MemoryGame-(\d+)-v0", env_id)
     if game and env_id not in gym.registry:  # not before it is asked for: importing this file registers nothing
         gym.register(env_id, MemoryGame, kwargs={"cards": int(game[1])})
 
     def make():
         try:
-            env = gym.make(env_id, render_mode="rgb_array", **kwargs) if render else gym.make(env_id, **kwargs)
+            env = gym.make(env_id, **mode, **kwargs)
         except (AssertionError, TypeError):
             env = gym.make(env_id, **kwargs)  # an environment need not know this mode
-        return adapt(env, args)
+        return adapt(env, args.action_repeat)
 
     try:
+        kwargs = dict(json.loads(args.env_kwargs))
         envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+        sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
+        if sizes - {(64, 64)}:
+            raise ValueError(f"images of {sizes}; allowed: 64 x 64")
     except (gym.error.Error, ValueError, TypeError, ImportError) as error:
-        fail(f"--env-id {env_id}: {error}")
-    sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
-    if sizes - {(64, 64)}:
-        fail(f"--env-id {env_id}: images of {sizes}; allowed: 64 x 64")
+        fail(f"--env-id {env_id} --env-kwargs {args.env_kwargs}: {error}")
     envs.action_space.seed(seed)  # reset does not
     return envs
 
@@ -935,7 +914,7 @@ def next_row(envs, action, row):
     return {**obs, **ends, "reward": reward.astype(np.float32)}
 
 
-# --- pictures, checkpoints, evaluation --------------------------------------------------------------------------------
+# --- pictures, evaluation, checkpoints --------------------------------------------------------------------------------
 
 
 def save_gif(path, frames, writer=None, step=0):
@@ -977,17 +956,18 @@ def evaluate(agent, args, episodes, video=None):
 
     -> returns, one per episode. video: path for a GIF of the first environment's first episode.
     """
-    N = min(episodes, 8)
+    N, cuda = min(episodes, 8), agent.device.type == "cuda"
     wanted = [episodes // N + (n < episodes % N) for n in range(N)]  # each its share: no bias to short episodes
     envs, scores, frames = make_envs(args.env_id, N, args.seed, args, bool(video)), [[] for _ in range(N)], []
-    with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
+    act = Captured(partial(agent.act, eval=True), args.cuda_graph and cuda)
+    with torch.random.fork_rng([agent.device] if cuda else []):
         torch.manual_seed(args.seed + 1_000)
         row, state, total = start_row(envs, args.seed + 1_000), agent.initial(N), np.zeros(N)
         while any(len(score) < share for score, share in zip(scores, wanted, strict=True)):
             if video and not scores[0]:
                 frames.append(frame(envs, row, agent))
-            action, state = agent.act(row, row["is_first"], state, eval=True)
-            row = next_row(envs, action, row)
+            state = act(agent.inputs(row, state))
+            row = next_row(envs, agent.env_action(state), row)
             total = total * ~row["is_first"] + row["reward"]
             for n in np.flatnonzero(row["is_last"]):
                 scores[n].append(float(total[n]))
@@ -1010,78 +990,88 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
-def load(path, device, need=()):
+def load(path, need=()):
     """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         assert all(key in state for key in need), "another kind of file"
         return state
     except Exception as error:
-        text = " ".join(str(error).split())[:200]
-        fail(f"{path}: cannot be read ({type(error).__name__}: {text}); allowed: a checkpoint.pt")
+        fail(f"{path}: cannot be read ({type(error).__name__}: {str(error)[:200]}); allowed: a checkpoint.pt")
 
 
-def merge(args, path, saved, free):
-    """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
-
-    Those of OF_A_CALL belong to a call, not to a run: they are not inherited.
-    """
-    if not saved.keys() <= {x.name for x in fields(Args)}:
+def inherit(args, path, saved, free):
+    """The flags of a run; of those named in free, what is given now. Any other that is given must be as it was."""
+    flags = {**asdict(Args()), **saved, **OF_A_CALL}
+    given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
+    if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
-    saved = {**asdict(Args()), **saved, **{name: getattr(Args, name) for name in OF_A_CALL}}
-    asked = {x.name: getattr(args, x.name) for x in fields(Args) if getattr(args, x.name) != x.default}
-    for name, value in asked.items():
-        if name not in free and value != saved[name]:
-            flags = ", ".join(f"--{x}" for x in free).replace("_", "-")
-            fail(f"--{name.replace('_', '-')} {value}: the run at {path} has {saved[name]}; allowed to change: {flags}")
-    return replace(Args(**saved), **{name: value for name, value in asked.items() if name in free})
+    for key in given.keys() - free:
+        if given[key] != flags[key]:
+            flag, allowed = f"--{key.replace('_', '-')} {given[key]}", ", ".join(free).replace("_", "-")
+            fail(f"{flag}: the run at {path} has {flags[key]}; allowed to change: {allowed}")
+    return Args(**{**flags, **given})
 
 
-def restore_weights(agent, state, path):
-    """Load a state_dict, or stop with one line where shapes differ."""
+def load_weights(agent, saved, path):
+    """Weights of a checkpoint into an agent, or one line where shapes differ."""
     try:
-        agent.load_state_dict(state)
+        agent.load_state_dict(saved["agent"])
     except RuntimeError as error:
-        line = str(error).splitlines()[-1].strip()
-        fail(f"{path}: made for other observations or actions ({line}); allowed: its own environment and version")
+        fail(f"{path}: made for other observations or actions; allowed: its own environment and version ({error})")
 
 
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
-    state = load(path, "cpu", need=("args", "agent"))
-    args = resolve(merge(args or Args(), path, state["args"], ("eval", "eval_episodes", "seed", "device")))
+    saved = load(path, need=("args", "agent"))
+    args = resolve(inherit(args or Args(), path, saved["args"], SHOWN))
     envs = make_envs(args.env_id, 1, args.seed, args)
     agent = AGENTS[args.agent](envs.single_observation_space, envs.single_action_space, args)
     envs.close()
-    restore_weights(agent, state["agent"], path)
+    load_weights(agent, saved, path)
     return agent, args
 
 
 def show(args):
     """--eval: print the returns, leave a GIF beside the checkpoint."""
-    folder = Path(args.eval) if Path(args.eval).is_dir() else Path(args.eval).parent
-    agent, args = load_agent(args.eval, args)
+    path = Path(args.eval)
+    folder = path if path.is_dir() else path.parent
+    agent, args = load_agent(path, args)
     scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
-    shown = " ".join(f"{score:g}" for score in scores[:20]) + " ..." * (len(scores) > 20)
-    print(f"{args.env_id}, {len(scores)} episodes: {shown}")
+    print(f"{args.env_id}, {len(scores)} episodes: {' '.join(f'{score:g}' for score in scores)}")
     print(f"mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
     return {"run_dir": str(folder), "returns": scores}
 
 
-def open_writer(args, run_dir, step):
-    """TensorBoard, mirrored to Weights & Biases with --track."""
+def open_run(args, agent, saved):
+    """Make the run folder and say what is about to run, before it takes hours. -> folder, TensorBoard (with --track
+    mirrored to Weights & Biases).
+    """
     from torch.utils.tensorboard import SummaryWriter
 
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.run_root) / name
+    if saved:
+        run_dir = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(saved))
+    except OSError as error:
+        fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
+    gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
+    cpu = "CPU  <-- WARNING: no GPU; images are slow" if agent.decoder.images else "CPU (vectors: fine)"
+    print(f"run       {run_dir}\ndevice    {gpu or cpu}; PyTorch {torch.__version__}")
+    print(f"agent     {args.agent}, {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
+    print(f"training  {args.window} steps of {args.num_envs} environments an update, each window once", flush=True)
     if args.track:
         import wandb
 
         names = dict(name=run_dir.name, id=run_dir.name, config=asdict(args))
         wandb.init(**names, resume="allow", sync_tensorboard=True, save_code=True)
-    writer = SummaryWriter(run_dir, purge_step=step + 1 if step else None)
+    writer = SummaryWriter(run_dir, purge_step=saved["now"]["step"] + 1 if saved else None)
     table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", step)
-    return writer
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", saved["now"]["step"] if saved else 0)
+    return run_dir, writer
 
 
 def finite(stats):

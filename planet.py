@@ -51,10 +51,13 @@ import importlib.util
 import io
 import json
 import os
+import platform
 import random
+import re
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -107,8 +110,7 @@ class Args:
     depth: int | None = None  # channels of the first convolution; paper: 32
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     bf16: bool = True  # bfloat16 products and convolutions on a GPU; products only on a CPU with AMX
-    cuda_graph: bool = True  # replay the whole update, and the whole plan, as CUDA graphs on a GPU
-    torch_deterministic: bool = False  # ask cuDNN for deterministic kernels
+    cuda_graph: bool = True  # replay the whole update, and acting with its plan, as CUDA graphs on a GPU
     exp_name: str = Path(__file__).stem  # names the run
     run_root: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder or checkpoint to go on from
@@ -119,25 +121,21 @@ class Args:
 
 
 # fmt: off
+DEBUG = dict(total_timesteps=400, batch_size=4, batch_length=8, seed_episodes=1, collect_interval=10)
+DEBUG |= dict(checkpoint_every=200)
+RUN = dict(total_timesteps=125_000, batch_size=50, batch_length=50, seed_episodes=5, collect_interval=100)
+RUN |= dict(checkpoint_every=5_000)
 SIZES = {  # debug and small are ours: for a CPU
-    "debug": dict(
-        total_timesteps=400, batch_size=4, batch_length=8, seed_episodes=1, collect_interval=10, checkpoint_every=200,
-        iterations=2, candidates=20, top=4, stoch=6, deter=16, hidden=16, units=16, depth=4,
-    ),
-    "small": dict(
-        total_timesteps=125_000, batch_size=50, batch_length=50, seed_episodes=5, collect_interval=100,
-        checkpoint_every=5_000, iterations=5, candidates=300, top=30, stoch=16, deter=64, hidden=64, units=64, depth=16,
-    ),
-    "paper": dict(
-        total_timesteps=125_000, batch_size=50, batch_length=50, seed_episodes=5, collect_interval=100,
-        checkpoint_every=5_000, iterations=10, candidates=1000, top=100, stoch=30, deter=200, hidden=200, units=300,
-        depth=32,
-    ),
+    "debug": dict(stoch=6,  deter=16,  hidden=16,  units=16,  depth=4,  iterations=2,  candidates=20,  top=4, **DEBUG),
+    "small": dict(stoch=16, deter=64,  hidden=64,  units=64,  depth=16, iterations=5,  candidates=300, top=30, **RUN),
+    "paper": dict(stoch=30, deter=200, hidden=200, units=300, depth=32, iterations=10, candidates=1000, top=100, **RUN),
+}
+ATARI = {  # settings of ALE by --atari-protocol
+    "100k": dict(img_height=64, img_width=64, grayscale=False, full_action_space=False, repeat_action_probability=0.0),
+    "200m": dict(img_height=96, img_width=96, grayscale=True, full_action_space=True, repeat_action_probability=0.25),
 }
 # fmt: on
-
 REPEATS = {"cartpole": 8, "reacher": 4, "cheetah": 4, "finger": 2, "ball_in_cup": 4, "walker": 2}  # the paper's
-OF_A_CALL = ("device", "track")  # flags that a checkpoint does not hand on
 SIDES = (64,)  # of images: the transposed convolutions end at 64
 
 
@@ -146,22 +144,26 @@ def resolve(args: Args) -> Args:
 
     Stops with exit code 2 where flags are impossible or contradict each other.
     """
-    args = replace(args, **{key: value for key, value in SIZES[args.size].items() if getattr(args, key) is None})
     family, _, task = args.env_id.partition("/")
     repeat = {"ALE": 4, "dm_control": REPEATS.get(task.split("-")[0], 2)}.get(family, 1)
+    preset = {**SIZES[args.size], "action_repeat": repeat}
+    args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     rows = min(args.total_timesteps * 9 // 8, 1_000_000)  # an eighth for the rows of resets
-    derived = {"action_repeat": repeat, "buffer_size": rows}
-    args = replace(args, **{key: value for key, value in derived.items() if getattr(args, key) is None})
+    args = replace(args, buffer_size=rows if args.buffer_size is None else args.buffer_size)
     positive = ["num_envs", "action_repeat", "total_timesteps", "batch_size", "seed_episodes", "collect_interval"]
     positive += ["buffer_size", "checkpoint_every", "horizon", "iterations", "candidates", "top", "eval_episodes"]
     positive += ["stoch", "deter", "hidden", "units", "depth"]
-    for name, least in {**dict.fromkeys(positive, 0), "batch_length": 1}.items():
+    bounds = dict.fromkeys(positive, 0) | {"batch_length": 1}
+    for name, least in bounds.items():
         if getattr(args, name) <= least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than {least}")
     if args.top > args.candidates:
         fail(f"--top {args.top}: allowed: at most --candidates {args.candidates}")
     if not 1 <= args.bits <= 8:
         fail(f"--bits {args.bits}: allowed: 1 to 8")
+    needed = args.num_envs * (args.batch_length + Agent.context)
+    if args.buffer_size // args.num_envs * args.num_envs < needed:
+        fail(f"--buffer-size {args.buffer_size}: a window takes {needed:,} rows; allowed: that many or more")
     for name, only in ("obs", "dm_control"), ("atari_protocol", "ALE"):
         if getattr(args, name) != getattr(Args, name) and family != only:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: with --env-id {only}/... only")
@@ -171,49 +173,6 @@ def resolve(args: Args) -> Args:
 
 
 # === Part 1: the algorithm ============================================================================================
-
-
-def preprocess(image, bits, noise=None):
-    """Images of few bits, dequantised: floor(u8 / 2^(8 - bits)) / 2^bits + U(0, 2^-bits) - 0.5 in -0.5 to 0.5.
-
-    image: uint8, any shape; noise: the same shape, in 0 to 2^-bits, drawn anew each time if None. Fewer bits, so that
-    small objects weigh as much as the texture of the ground; noise, so that a density cannot grow without bound.
-    """
-    noise = torch.rand(image.shape, device=image.device) / 2**bits if noise is None else noise
-    return torch.div(image, 2 ** (8 - bits), rounding_mode="floor").float() / 2**bits + noise - 0.5
-
-
-def kl_gaussian(mean, std, mean2, std2):
-    """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
-    return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)
-
-
-def kl_loss(post, prior, free_nats):
-    """max(0, KL(post || prior) - free nats), per step and before any mean. post, prior: (mean, std) -> (...)."""
-    return (kl_gaussian(*post, *prior) - free_nats).clamp(min=0)
-
-
-def refit(candidates, returns, top):
-    """The best candidates' mean and deviation. candidates: (N, J, H, A), returns: (N, J) -> (N, 1, H, A) twice."""
-    best = returns.topk(top, 1, sorted=False).indices  # (N, K)
-    elites = candidates.gather(1, best[..., None, None].expand(-1, -1, *candidates.shape[2:]))  # (N, K, H, A)
-    mean = elites.mean(1, keepdim=True)  # (N, 1, H, A)
-    return mean, ((elites - mean).square().mean(1, keepdim=True) + 1e-6).sqrt()
-
-
-def cem(score, shape, iterations, top, like):
-    """Cross-entropy method, Algorithm 2: draw plans, keep the best, fit a normal distribution to them, repeat.
-
-    score: plans (N, J, H, A) in -1 to 1 -> returns (N, J); shape: (N, J, H, A); like: a tensor of the device.
-    -> the mean of the last fit (N, H, A). Each of the N problems has candidates of its own. Clipped plans are refitted.
-    """
-    N, _, H, A = shape
-    mean, std = like.new_zeros(N, 1, H, A), like.new_ones(N, 1, H, A)
-    for _ in range(iterations):
-        candidates = (mean + std * torch.randn(shape, device=like.device)).clamp(-1, 1)  # (N, J, H, A)
-        mean, std = refit(candidates, score(candidates), top)
-    return mean[:, 0]
-
 
 # --- networks ---------------------------------------------------------------------------------------------------------
 
@@ -234,6 +193,16 @@ def mlp(sizes):
 def is_image(space):
     """uint8 of rank 3 goes to the convolutions, everything else to the MLP."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
+
+
+def preprocess(image, bits, noise=None):
+    """Images of few bits, dequantised: floor(u8 / 2^(8 - bits)) / 2^bits + U(0, 2^-bits) - 0.5 in -0.5 to 0.5.
+
+    image: uint8, any shape; noise: the same shape, in 0 to 2^-bits, drawn anew each time if None. Fewer bits, so that
+    small objects weigh as much as the texture of the ground; noise, so that a density cannot grow without bound.
+    """
+    noise = torch.rand(image.shape, device=image.device) / 2**bits if noise is None else noise
+    return torch.div(image, 2 ** (8 - bits), rounding_mode="floor").float() / 2**bits + noise - 0.5
 
 
 class Encoder(nn.Module):
@@ -467,6 +436,38 @@ class Adam:
 # --- agent ------------------------------------------------------------------------------------------------------------
 
 
+def kl_gaussian(mean, std, mean2, std2):
+    """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
+    return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)
+
+
+def kl_loss(post, prior, free_nats):
+    """max(0, KL(post || prior) - free nats), per step and before any mean. post, prior: (mean, std) -> (...)."""
+    return (kl_gaussian(*post, *prior) - free_nats).clamp(min=0)
+
+
+def refit(candidates, returns, top):
+    """The best candidates' mean and deviation. candidates: (N, J, H, A), returns: (N, J) -> (N, 1, H, A) twice."""
+    best = returns.topk(top, 1, sorted=False).indices  # (N, K)
+    elites = candidates.gather(1, best[..., None, None].expand(-1, -1, *candidates.shape[2:]))  # (N, K, H, A)
+    mean = elites.mean(1, keepdim=True)  # (N, 1, H, A)
+    return mean, ((elites - mean).square().mean(1, keepdim=True) + 1e-6).sqrt()
+
+
+def cem(score, shape, iterations, top, like):
+    """Cross-entropy method, Algorithm 2: draw plans, keep the best, fit a normal distribution to them, repeat.
+
+    score: plans (N, J, H, A) in -1 to 1 -> returns (N, J); shape: (N, J, H, A); like: a tensor of the device.
+    -> the mean of the last fit (N, H, A). Each of the N problems has candidates of its own. Clipped plans are refitted.
+    """
+    N, _, H, A = shape
+    mean, std = like.new_zeros(N, 1, H, A), like.new_ones(N, 1, H, A)
+    for _ in range(iterations):
+        candidates = (mean + std * torch.randn(shape, device=like.device)).clamp(-1, 1)  # (N, J, H, A)
+        mean, std = refit(candidates, score(candidates), top)
+    return mean[:, 0]
+
+
 class Agent(nn.Module):
     """World model and planner.
 
@@ -488,8 +489,6 @@ class Agent(nn.Module):
         self.to(self.device)
         self.params = list(self.parameters())
         self.optimizer = Adam(self.params, args)
-        graphs = args.cuda_graph and self.device.type == "cuda"
-        self.captured_step, self.captured_plan = Captured(self.step, graphs), Captured(self.plan, graphs)
 
     def autocast(self):
         """One region per use: a weight first cast under no_grad would stay cached there without its gradient."""
@@ -512,28 +511,34 @@ class Agent(nn.Module):
         """Planned numbers (..., A) to model actions: clipped; Discrete: one-hot of the largest."""
         return self.onehot(scores.argmax(-1)) if self.discrete else scores.clamp(-1, 1)
 
-    @torch.no_grad()
-    def act(self, obs, is_first, state, eval=False, random=False):
-        """obs: {key: (N, ...)} arrays or tensors; is_first: (N,); state: of initial, or of the last act.
+    def inputs(self, row, state):
+        """What act takes: observations and is_first of a row, and the state of initial or of the last act."""
+        keys = (*self.decoder.shapes, "is_first")
+        return {key: torch.as_tensor(row[key]).to(self.device, non_blocking=True) for key in keys} | state
 
-        -> actions for the vector environment (int64 (N,) or float32 (N, ...)), new state. eval: without noise; random:
-        uniform actions, which the state remembers like any other.
+    @torch.no_grad()
+    def act(self, inputs, eval=False, random=False):
+        """Filter, plan, add noise. -> the next state, with "action" (N, A) for what to do now. eval: without noise;
+        random: uniform actions, which the state remembers like any other.
         """
-        put = lambda x: torch.as_tensor(x).to(self.device, non_blocking=True)  # the one wait is that for the action
-        obs, is_first = {key: put(obs[key])[:, None] for key in self.decoder.shapes}, put(is_first)[:, None]
+        obs = {key: inputs[key][:, None] for key in self.decoder.shapes}
         with self.autocast():
             embed = self.encoder(self.encoder.preprocess(obs))
-            post = self.rssm.observe(embed, state["action"][:, None], is_first, state)
+            post = self.rssm.observe(embed, inputs["action"][:, None], inputs["is_first"][:, None], inputs)
         state = {key: post[key][:, 0] for key in ("deter", "stoch")}
         if random:
             scores = 2 * torch.rand(len(embed), self.action_size, device=self.device) - 1
         else:
-            scores = self.captured_plan(state)["action"].clone()
+            scores = self.plan(state)["action"]
         if not (eval or random):
-            scores += self.args.action_noise * torch.randn_like(scores)
-        vector = self.played(scores)  # (N, A)
-        action = vector.argmax(-1) if self.discrete else vector.view(-1, *self.action_space.shape)
-        return action.cpu().numpy(), {**state, "action": vector}
+            scores = scores + self.args.action_noise * torch.randn_like(scores)
+        return {**state, "action": self.played(scores)}
+
+    def env_action(self, state):
+        """State of act -> actions for the vector environment, int64 (N,) or float32 (N, ...). Waits for the device."""
+        action = state["action"]  # (N, A)
+        action = action.argmax(-1) if self.discrete else action.view(-1, *self.action_space.shape)
+        return action.cpu().numpy()
 
     @torch.no_grad()
     def plan(self, state):
@@ -542,7 +547,7 @@ class Agent(nn.Module):
         Samples of the prior, means of the reward, their plain sum: no discount, no value at the end.
         """
         args, N, J = self.args, len(state["stoch"]), self.args.candidates
-        start = {key: x.repeat_interleave(J, 0) for key, x in state.items()}  # J copies of the first, then the second
+        start = {key: state[key].repeat_interleave(J, 0) for key in ("deter", "stoch")}  # J copies of each
 
         def score(plans):  # plans (N, J, H, A) -> returns (N, J)
             future = self.rssm.imagine(start, self.played(plans).flatten(0, 1))
@@ -575,20 +580,16 @@ class Agent(nn.Module):
         stats = {"kl": kl_gaussian(*pair[0], *pair[1]), "post_std": post["std"], "prior_std": post["prior_std"]}
         return losses, feat, post, {f"stats/{key}": x.detach().mean() for key, x in stats.items()}
 
-    def step(self, batch):
-        """One update, eagerly and without any host sync, so that a CUDA graph can capture it. See update."""
+    def update(self, batch):
+        """One gradient step on B windows of T+1 rows (Replay.sample), without any host sync, so that a CUDA graph can
+        capture it. -> statistics, 0-d tensors on the device.
+        """
         losses, _, _, stats = self.model_losses(batch)
         losses = {key: loss.mean() for key, loss in losses.items()}
         scales = {"kl": self.args.kl_scale, "reward": self.args.reward_scale}  # the others: 1
         losses["total"] = sum(scales.get(key, 1.0) * loss for key, loss in losses.items())
         stats["stats/grad_norm"] = self.optimizer.step(torch.autograd.grad(losses["total"], self.params))
         return {**stats, **{f"losses/{key}": loss.detach() for key, loss in losses.items()}}
-
-    def update(self, batch):
-        """One gradient step on B windows of T+1 rows (Replay.sample). -> statistics, 0-d tensors on the device, which
-        on a GPU the next update overwrites.
-        """
-        return self.captured_step(batch)
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------
@@ -608,15 +609,9 @@ class Replay:
             spec[key] = space.shape, torch.from_numpy(np.zeros(0, space.dtype)).dtype
         spec |= {key: ((), torch.bool) for key in ("is_first", "is_last", "is_terminal")}
         self.row_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in spec.values())
-        size = self.length * num_envs * self.row_bytes
-        if device.type == "cuda" and size > 0.5 * free_memory(device):
-            device = torch.device("cpu")  # the other half of a GPU's memory is for the networks
-        if size > free_memory(device):
-            free = f"free are {free_memory(device) / 2**30:.1f} GiB"
-            fail(f"--buffer-size {capacity}: {capacity:,} rows take {size / 2**30:.1f} GiB, but {free}")
-        shape = self.length, num_envs
-        self.data = {key: torch.zeros(shape + tuple(s), dtype=d, device=device) for key, (s, d) in spec.items()}
-        self.device = device
+        self.device = replay_device(capacity, self.row_bytes, device)
+        zeros = partial(torch.zeros, self.length, num_envs, device=self.device)
+        self.data = {key: zeros(*shape, dtype=dtype) for key, (shape, dtype) in spec.items()}
         self.rows = 0  # added so far for each environment, kept or not
         self.starts = [[] for _ in range(num_envs)]  # rows at which the episodes of each environment begin
         self.cached = None, None  # rows and T of the spans, spans
@@ -663,22 +658,17 @@ class Replay:
         batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
         return {**batch, "index": index}
 
-    def state_dict(self):
-        return {"rows": self.rows, "files": self.files}
-
     def save(self, folder):
-        """Write the rows added since the last call. -> state_dict."""
+        """Write the rows added since the last call. -> what load needs."""
         folder.mkdir(exist_ok=True)
         oldest = max(0, self.rows - self.length)
         self.files = [file for file in self.files if file[1] > oldest]
         first = max([oldest] + [end for _, end, _ in self.files])
         if first < self.rows:
-            a, b = first % self.length, (self.rows - 1) % self.length + 1
-            parts = [slice(a, b)] if a < b else [slice(a, None), slice(0, b)]
-            data = {key: torch.cat([ring[part].cpu() for part in parts]) for key, ring in self.data.items()}
+            places = torch.arange(first, self.rows, device=self.device) % self.length
             self.files.append((first, self.rows, f"rows-{first}-{self.rows}.pt"))
-            save(folder / self.files[-1][2], **data)
-        return self.state_dict()
+            save(folder / self.files[-1][2], **{key: ring[places].cpu() for key, ring in self.data.items()})
+        return {"rows": self.rows, "files": self.files}
 
     def sweep(self, folder):
         """Delete what the checkpoint does not name: rows that left the ring, and what a crash left behind."""
@@ -690,7 +680,7 @@ class Replay:
         """Read back what save wrote, into a replay of the same size."""
         self.rows, self.files = state["rows"], state["files"]
         for first, end, name in self.files:
-            for key, values in load(folder / name, "cpu").items():
+            for key, values in load(folder / name).items():
                 self.data[key][torch.arange(first, end) % self.length] = values.to(self.device)
         oldest = max(0, self.rows - self.length)
         first = self.data["is_first"][torch.arange(oldest, self.rows) % self.length].cpu()
@@ -702,103 +692,145 @@ class Replay:
 # === Part 2: training =================================================================================================
 
 
-def learn(args, agent, replay, envs, row, state, now, writer, run_dir):
-    """Algorithm 1, a policy step of all environments at a time, until total_timesteps. -> the last statistics."""
-    rows = args.batch_length + Agent.context
-    stats, since, spent = {}, (time.time(), now["step"]), {"act": 0.0, "train": 0.0, "env": 0.0}
-
-    while now["step"] < args.total_timesteps:
-        times = [time.time()]
-        # data collection: belief, plan and noise; in the seed episodes random actions
-        seeding = now["episodes"] < args.seed_episodes
-        action, state = agent.act(row, row["is_first"], state, random=seeding)
-        replay.add({**row, "action": action})
-        times.append(time.time())
-        # model fitting: after the last of the seed episodes, and after each later one, once its last row is stored
-        due = args.collect_interval * (now["episodes"] - args.seed_episodes + 1)
-        while now["updates"] < due and replay.windows(rows):
-            batch = replay.sample(args.batch_size, rows)
-            stats = agent.update({key: x.to(agent.device, non_blocking=True) for key, x in batch.items()})
-            now["updates"] += 1
-            if agent.device.type == "cpu":
-                finite(stats)
-        times.append(time.time())
-        before, now["step"] = now["step"], now["step"] + int((~row["is_last"]).sum())  # a reset is no step
-        row = next_row(envs, action, row)
-        for n in range(args.num_envs):
-            now["returns"][n] = now["returns"][n] * (not row["is_first"][n]) + float(row["reward"][n])
-            now["lengths"][n] = 0 if row["is_first"][n] else now["lengths"][n] + 1
-            if row["is_last"][n]:
-                writer.add_scalar("charts/episodic_return", now["returns"][n], now["step"])
-                writer.add_scalar("charts/episodic_length", now["lengths"][n], now["step"])
-                now["recent"] = [*now["recent"], now["returns"][n]][-20:]
-                now["episodes"] += 1
-        times.append(time.time())
-        spent = {key: x + times[i + 1] - times[i] for i, (key, x) in enumerate(spent.items())}
-        done = now["step"] >= args.total_timesteps
-        if time.time() - since[0] > args.log_every or done:
-            record(writer, args, now, finite(stats), spent, since, replay)
-            since, spent = (time.time(), now["step"]), dict.fromkeys(spent, 0.0)
-        if before // args.checkpoint_every < now["step"] // args.checkpoint_every or done:
-            finite(stats)
-            if replay.windows(rows):
-                video = open_loop(agent, replay.sample(6, rows))
-                save_gif(run_dir / "open_loop.gif", video, writer, now["step"])
-            checkpoint(args, run_dir, agent, replay, now, writer)
-    return finite(stats)
-
-
 def train(args: Args) -> dict:
-    """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
+    """Algorithm 1. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
     modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]
     if len(modes) > 1:
         fail(f"{' '.join(modes)}: one of them at a time is allowed")
     if args.eval or args.dream:
         return show(args)
-    saved = load(args.resume, "cpu", need=("args", "agent", "now")) if args.resume else None
-    free = ("resume", "total_timesteps", "checkpoint_every", "log_every", *OF_A_CALL)
-    args = resolve(merge(args, args.resume, saved["args"], free) if saved else args)
-    needed = args.num_envs * (args.batch_length + 1)
-    if args.buffer_size // args.num_envs * args.num_envs < needed:
-        fail(f"--buffer-size {args.buffer_size}: a window takes {needed:,} rows; allowed: that many or more")
+    saved = load(args.resume, need=("args", "agent", "now")) if args.resume else None
+    args = resolve(inherit(args, args.resume, saved["args"], RESUMED) if saved else args)
     tune(args)
     for seed in random.seed, np.random.seed, torch.manual_seed:
         seed(args.seed)
     envs = make_envs(args.env_id, args.num_envs, args.seed, args)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     agent = Agent(obs_space, action_space, args)
-    state = agent.initial(args.num_envs)
-    replay = Replay(args.buffer_size, args.num_envs, obs_space, action_space, agent.device)
-    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_root) / name
-    if saved:
-        run_dir = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+    device, state = agent.device, agent.initial(args.num_envs)
+    replay = Replay(args.buffer_size, args.num_envs, obs_space, action_space, device)
+    cuda = device.type == "cuda"
+    update, act = (Captured(fn, args.cuda_graph and cuda) for fn in (agent.update, agent.act))
+    run_dir, writer = open_run(args, agent, replay, saved)
+    fitting = f"{args.collect_interval} updates on {args.batch_size} x {args.batch_length} steps"
+    print(f"training  {args.seed_episodes} random episodes, then {fitting} per episode")
+    print(f"planning  {args.iterations} x {args.candidates:,} plans of {args.horizon} steps", flush=True)
+    rows = args.batch_length + Agent.context  # in a window
+    step, updates, episodes, recent = 0, 0, 0, []  # episodes: that are over; recent: last 20 returns
+    if saved:  # new episodes begin: the interrupted ones stand in the replay as abandoned
+        load_weights(agent, saved, run_dir)
+        agent.optimizer.load_state_dict(saved["optimizer"])
+        replay.load(run_dir / "replay", saved["replay"])
+        torch.set_rng_state(saved["random"])
+        if cuda and saved["cuda_random"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_random"], device)
+        step, updates, episodes, recent = saved["now"].values()
+    row, stats, began, since = start_row(envs, args.seed + step), {}, time.time(), step
+    returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the episodes that go on
     try:
-        run_dir.mkdir(parents=True, exist_ok=bool(saved))
-    except OSError as error:
-        fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
-    describe(args, agent, replay, run_dir)
-    # now: all that a run knows beside weights and replay
-    now = {"step": 0, "updates": 0, "episodes": 0, "recent": []}
-    now |= {"returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
-    if saved:
-        now = restore(saved, args, agent, replay, run_dir)
-    row = start_row(envs, args.seed + now["step"])
-    writer = open_writer(args, run_dir, now["step"])
-    try:
-        stats = learn(args, agent, replay, envs, row, state, now, writer, run_dir)
+        while step < args.total_timesteps:
+            # seed episodes: random actions; data collection: filter, plan, exploration noise
+            inputs = agent.inputs(row, state)
+            state = agent.act(inputs, random=True) if episodes < args.seed_episodes else act(inputs)
+            action = agent.env_action(state)
+            replay.add({**row, "action": action})
+
+            # model fitting: after the last seed episode, and after each later one, once its last row is stored
+            due = args.collect_interval * (episodes - args.seed_episodes + 1)
+            while updates < due and replay.windows(rows):
+                batch = replay.sample(args.batch_size, rows)
+                stats = update({key: x.to(device, non_blocking=True) for key, x in batch.items()})
+                updates += 1
+                if not cuda:
+                    finite(stats)
+
+            before, step = step, step + int((~row["is_last"]).sum())  # a reset is no step
+            row = next_row(envs, action, row)
+            returns, lengths = returns * ~row["is_first"] + row["reward"], (lengths + 1) * ~row["is_first"]
+            for n in np.flatnonzero(row["is_last"]):
+                episodes, recent = episodes + 1, [*recent, float(returns[n])][-20:]
+                writer.add_scalar("charts/episodic_return", returns[n], step)
+                writer.add_scalar("charts/episodic_length", lengths[n], step)
+
+            done = step >= args.total_timesteps
+            if done or time.time() - began > args.log_every:
+                speed = max(1, step - since) / (time.time() - began)
+                charts = {"charts/SPS": speed, "charts/frames": step * args.action_repeat, "charts/updates": updates}
+                for key, value in {**finite(stats), **charts}.items():
+                    writer.add_scalar(key, value, step)
+                score, loss = np.mean(recent or [np.nan]), stats.get("losses/total", np.nan)
+                progress = f"step {step:,}/{args.total_timesteps:,}  return {score:.1f}  {speed:.1f} steps/s"
+                left = max(0, args.total_timesteps - step) / speed / 60
+                print(f"{progress}  updates {updates:,}  loss {loss:.1f}  left {left:.0f} min", flush=True)
+                began, since = time.time(), step
+            if done or before // args.checkpoint_every < step // args.checkpoint_every:
+                finite(stats)  # what is broken is not saved
+                if replay.windows(rows):
+                    save_gif(run_dir / "open_loop.gif", open_loop(agent, replay.sample(6, rows)), writer, step)
+                now = {"step": step, "updates": updates, "episodes": episodes, "recent": recent}
+                parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now}
+                parts |= {"replay": replay.save(run_dir / "replay"), "args": asdict(args), "source": SOURCE}
+                parts |= {"cuda_random": torch.cuda.get_rng_state(device) if cuda else None}
+                save(run_dir / "checkpoint.pt", **parts, random=torch.get_rng_state())
+                replay.sweep(run_dir / "replay")  # only now: a crash leaves the old checkpoint and the files it names
+                writer.flush()
     except Exception as error:
         last = f"{run_dir} holds the last checkpoint" if (run_dir / "checkpoint.pt").exists() else "no checkpoint yet"
-        raise RuntimeError(f"policy step {now['step']:,}: {type(error).__name__}: {error} ({last})") from error
+        raise RuntimeError(f"policy step {step:,}: {type(error).__name__}: {error} ({last})") from error
     finally:
         writer.close()  # first: the environments of a broken simulator may raise again
         envs.close()
-    score = float(np.mean(now["recent"])) if now["recent"] else float("nan")
-    result = {"run_dir": str(run_dir), "global_step": now["step"], "updates": now["updates"], "episodic_return": score}
-    return {**result, **stats}
+    score = float(np.mean(recent or [np.nan]))
+    return {"run_dir": str(run_dir), "global_step": step, "updates": updates, "episodic_return": score, **finite(stats)}
 
 
-# === Part 3: plumbing =================================================================================================
+@torch.no_grad()
+def open_loop(agent, batch):
+    """What the model knows: up to six windows side by side, with truth, model and error from top to bottom. It observes
+    a quarter (green bar) and predicts the rest from the actions (red). batch: Replay.sample -> uint8 (T, H, W, 3).
+    """
+    batch = {key: x[:6].to(agent.device) for key, x in batch.items()}
+    obs, is_first = {key: batch[key][:, 1:] for key in agent.decoder.shapes}, batch["is_first"][:, 1:]
+    seen = max(1, is_first.shape[1] // 4)
+    with agent.autocast():
+        embed = agent.encoder(agent.encoder.preprocess({key: x[:, :seen] for key, x in obs.items()}))
+        action = agent.action_vector(batch["action"][:, :-1])  # (B, T, A)
+        post = agent.rssm.observe(embed, action[:, :seen], is_first[:, :seen], agent.rssm.initial(len(embed)))
+        last = {key: post[key][:, -1] for key in ("deter", "stoch")}
+        future = agent.rssm.imagine(last, action[:, seen:])
+        feat = torch.cat([agent.rssm.feat(post), agent.rssm.feat(future)], 1)  # (B, T, F)
+        model = picture(shown(agent.decoder(feat)))
+    truth = picture({key: x if x.dtype == torch.uint8 else x.float() for key, x in obs.items()})
+    return film(torch.cat([truth, model, (model - truth + 255) / 2], 2), seen)
+
+
+def shown(recon):
+    """Predicted images, in -0.5 to 0.5, to 0 to 1."""
+    return {key: (x + 0.5).clamp(0, 1) if x.dim() == 5 else x for key, x in recon.items()}
+
+
+@torch.no_grad()
+def dream(agent, args, steps=45):
+    """Plan and act in imagination, after one real observation of each of 4 environments. -> uint8 (T, H, W, 3)."""
+    envs = make_envs(args.env_id, 4, args.seed, args)
+    row = start_row(envs, args.seed)
+    envs.close()
+    state, feats = agent.act(agent.inputs(row, agent.initial(4)), random=True), []
+    for _ in range(steps):
+        feats.append(agent.rssm.feat(state))
+        action = agent.played(agent.plan(state)["action"])
+        with agent.autocast():
+            future = agent.rssm.imagine(state, action[:, None])
+        state = {key: future[key][:, 0] for key in ("deter", "stoch")}
+    with agent.autocast():
+        return film(picture(shown(agent.decoder(torch.stack(feats, 1)))), seen=1)
+
+
+# === Part 3: plumbing, the same in planet, dreamerv2 and dreamerv3 ====================================================
+
+RESUMED = ("resume", "total_timesteps", "checkpoint_every", "log_every", "device", "track")  # flags beside --resume
+SHOWN = ("eval", "dream", "eval_episodes", "seed", "device")  # flags beside --eval and --dream
+OF_A_CALL = dict(resume=None, eval=None, dream=None, device="auto", track=False)  # flags that no run hands on
 
 
 class Captured:
@@ -839,48 +871,49 @@ class Captured:
 
 def fail(message):
     """Bad input: one line with the flag, the value and what is allowed; exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
-    cuda = torch.cuda.is_available()
+    gpus = torch.cuda.device_count()
     try:
-        device = torch.device(args.device if args.device != "auto" else "cuda" if cuda else "cpu")
-        assert device.type in ("cpu", "cuda")
+        device = torch.device(args.device if args.device != "auto" else "cuda" if gpus else "cpu")
+        assert device.type == "cpu" or device.type == "cuda" and (device.index or 0) < gpus
     except (AssertionError, RuntimeError):
-        fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...")
+        fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...; PyTorch sees {gpus} GPUs")
     if device.type == "cuda":
-        if not (device.index or 0) < torch.cuda.device_count():
-            fail(f"--device {args.device}: PyTorch {torch.__version__} sees no such CUDA device; allowed: auto, cpu")
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)  # a graph is captured on the current device
     return device
 
 
-def free_memory(device):
-    """Bytes that can still be allocated; infinite where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
+def replay_device(capacity, row_bytes, device):
+    """Where a replay lies: on a GPU if half of its free memory will do, since the other half is for the networks, else
+    in main memory. Stops where that is too small.
+    """
+    size, memory = capacity * row_bytes, Path("/proc/meminfo")
+    if device.type == "cuda" and size > 0.5 * torch.cuda.mem_get_info(device)[0]:
+        device = torch.device("cpu")
+    if device.type == "cpu" and memory.exists():
+        free = 1024 * int(re.search(r"MemAvailable: +(\d+)", memory.read_text())[1])
+        gib = f"{size / 2**30:.1f} GiB of memory, of which {free / 2**30:.1f} are free"
+        if size > free:
+            fail(f"--buffer-size {capacity}: takes {gib}; allowed: fewer rows")
+    return device
 
 
 def tune(args):
     """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
     again page by page is half of a CPU update.
     """
-    try:
+    if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map no block on its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
-    except (OSError, AttributeError):  # another system or C library: only slower
-        pass
     torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")  # medium: oneDNN, float32 without AMX
-    torch.backends.cudnn.allow_tf32 = args.bf16
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.benchmark = not args.torch_deterministic
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = args.bf16, True
 
 
 # --- environments -----------------------------------------------------------------------------------------------------
@@ -900,7 +933,7 @@ class DMControl(gym.Env):
             self.suite = suite
             first, _ = self.reset(seed=0)
         except (AttributeError, ImportError, RuntimeError) as error:  # as a rule: no renderer, or no package
-            fail(f"--env-id {env_id}: {error}; allowed: with dm_control and libegl, or MUJOCO_GL=disable")
+            raise ValueError(f"{error}; allowed: with dm_control and libegl, or MUJOCO_GL=disable") from error
         box = lambda x: spaces.Box(*((0, 255) if x.dtype == np.uint8 else (-np.inf, np.inf)), x.shape, x.dtype)
         self.observation_space = spaces.Dict({key: box(x) for key, x in first.items()})
         spec = self.env.action_spec()
@@ -929,26 +962,24 @@ class DMControl(gym.Env):
         return self.env.physics.render(self.size, self.size, camera_id=self.camera)
 
 
-def adapt(env, args, repeat):
+def adapt(env, repeat):
     """One environment -> Dict of uint8 images (H, W, C) and flat float32 vectors; Box actions clipped to [-1, 1]."""
     space, action = env.observation_space, env.action_space
-    named = isinstance(space, spaces.Dict)
+    named, box = isinstance(space, spaces.Dict), isinstance(action, spaces.Box)
     parts = dict(space.spaces) if named else {"image" if is_image(space) else "vector": space}
-    box, flag = isinstance(action, spaces.Box), f"--env-id {args.env_id}"
     if not (np.isfinite([action.low, action.high]).all() if box else isinstance(action, spaces.Discrete)):
-        fail(f"{flag}: action space {action}; allowed: Discrete, or Box with finite bounds")
+        raise ValueError(f"action space {action}; allowed: Discrete, or Box with finite bounds")
     if not all(part.is_np_flattenable for part in parts.values()):
-        fail(f"{flag}: observation space {space}; allowed: Box, Discrete, or a Dict of such")
+        raise ValueError(f"observation space {space}; allowed: Box, Discrete, or a Dict of such")
     taken = {"action", "reward", "is_first", "is_last", "is_terminal", "deter", "stoch", "index"}
     if any(key in taken or "." in key or hasattr(nn.ModuleDict, key) for key in parts):
-        fail(f"{flag}: observation keys {list(parts)}; allowed: no dots, no attributes of nn.ModuleDict, not {taken}")
+        raise ValueError(f"observations {list(parts)}; allowed: no dots, no attributes of nn.ModuleDict, not {taken}")
     env = gym.wrappers.RepeatAction(env, repeat)
     if box:
         env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
         env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, -1, 1), env.action_space)
     else:
         env = gym.wrappers.TransformAction(env, lambda a: a + action.start, spaces.Discrete(action.n))
-
     flat_space = lambda part: part if is_image(part) else spaces.Box(-np.inf, np.inf, (spaces.flatdim(part),))
     flatten = lambda part, x: x if is_image(part) else spaces.flatten(part, x).astype(np.float32)
     as_dict = lambda obs: {key: flatten(part, obs[key] if named else obs) for key, part in parts.items()}
@@ -958,12 +989,13 @@ def adapt(env, args, repeat):
 
 def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
-    small = args.atari_protocol == "100k"
-    size = (64, 64, 3) if small else (96, 96, 1)
-    protocol = dict(img_height=size[0], img_width=size[1], grayscale=not small, full_action_space=not small)
-    protocol.update(repeat_action_probability=0.0 if small else 0.25, frameskip=args.action_repeat, stack_num=1)
-    protocol.update(maxpool=True, noop_max=30, episodic_life=False, reward_clipping=False, use_fire_reset=False)
-    envs = gym.make_vec(env_id, num_envs, **{**protocol, **kwargs})
+    import ale_py
+
+    gym.register_envs(ale_py)
+    settings = dict(frameskip=args.action_repeat, stack_num=1, maxpool=True, noop_max=30, episodic_life=False)
+    settings |= dict(reward_clipping=False, use_fire_reset=False) | ATARI[args.atari_protocol] | kwargs
+    envs = gym.make_vec(env_id, num_envs, **settings)
+    size = settings["img_height"], settings["img_width"], 1 if settings["grayscale"] else 3
     single = spaces.Dict({"image": spaces.Box(0, 255, size, np.uint8)})
     batched = gym.vector.utils.batch_space(single, num_envs)
     as_dict = lambda obs: {"image": obs.reshape(num_envs, *size)}
@@ -972,35 +1004,28 @@ def atari_envs(env_id, num_envs, args, **kwargs):
 
 def make_envs(env_id, num_envs, seed, args, render=False):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
-    family = env_id.split("/")[0]
-    try:
-        kwargs = dict(json.loads(args.env_kwargs))
-    except (ValueError, TypeError):
-        fail(f"--env-kwargs {args.env_kwargs}: allowed: a JSON object, such as '{{\"continuous\": true}}'")
-    if family == "ALE":
-        import ale_py
-
-        gym.register_envs(ale_py)
+    family, mode = env_id.split("/")[0], {"render_mode": "rgb_array"} if render else {}
 
     def make():
         if family == "dm_control":
-            return adapt(DMControl(env_id, args.obs, args.action_repeat, **kwargs), args, repeat=1)
+            return adapt(DMControl(env_id, args.obs, args.action_repeat, **kwargs), repeat=1)
         try:
-            env = gym.make(env_id, render_mode="rgb_array", **kwargs) if render else gym.make(env_id, **kwargs)
+            env = gym.make(env_id, **mode, **kwargs)
         except (AssertionError, TypeError):
             env = gym.make(env_id, **kwargs)  # an environment need not know this mode
-        return adapt(env, args, args.action_repeat)
+        return adapt(env, args.action_repeat)
 
     try:
+        kwargs = dict(json.loads(args.env_kwargs))
         if family == "ALE":
             envs = atari_envs(env_id, num_envs, args, **kwargs)
         else:
             envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+        sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
+        if len(sizes) > 1 or any(side not in SIDES for size in sizes for side in size):
+            raise ValueError(f"images of {sizes}; allowed: one size, sides among {list(SIDES)}")
     except (gym.error.Error, ValueError, TypeError, ImportError) as error:
-        fail(f"--env-id {env_id}: {error}")
-    sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
-    if len(sizes) > 1 or any(side not in SIDES for size in sizes for side in size):
-        fail(f"--env-id {env_id}: images of {sizes}; allowed: one size, sides among {list(SIDES)}")
+        fail(f"--env-id {env_id} --env-kwargs {args.env_kwargs}: {error}")
     envs.action_space.seed(seed)  # reset does not
     return envs
 
@@ -1019,7 +1044,7 @@ def next_row(envs, action, row):
     return {**obs, **ends, "reward": reward.astype(np.float32)}
 
 
-# --- pictures, checkpoints, evaluation --------------------------------------------------------------------------------
+# --- pictures, evaluation, checkpoints --------------------------------------------------------------------------------
 
 
 def save_gif(path, frames, writer=None, step=0):
@@ -1055,49 +1080,6 @@ def film(video, seen):
     return torch.cat([bar, video], 2).permute(1, 2, 0, 3, 4).flatten(2, 3).to(torch.uint8).cpu().numpy()
 
 
-@torch.no_grad()
-def open_loop(agent, batch):
-    """What the model knows: up to six windows side by side, with truth, model and error from top to bottom. It observes
-    a quarter (green bar) and predicts the rest from the actions (red). batch: Replay.sample -> uint8 (T, H, W, 3).
-    """
-    batch = {key: x[:6].to(agent.device) for key, x in batch.items()}
-    obs, is_first = {key: batch[key][:, 1:] for key in agent.decoder.shapes}, batch["is_first"][:, 1:]
-    seen = max(1, is_first.shape[1] // 4)
-    with agent.autocast():
-        embed = agent.encoder(agent.encoder.preprocess({key: x[:, :seen] for key, x in obs.items()}))
-        action = agent.action_vector(batch["action"][:, :-1])  # (B, T, A)
-        post = agent.rssm.observe(embed, action[:, :seen], is_first[:, :seen], agent.rssm.initial(len(embed)))
-        last = {key: post[key][:, -1] for key in ("deter", "stoch")}
-        future = agent.rssm.imagine(last, action[:, seen:])
-        feat = torch.cat([agent.rssm.feat(post), agent.rssm.feat(future)], 1)  # (B, T, F)
-        model = picture(shown(agent.decoder(feat)))
-    truth = picture({key: x if x.dtype == torch.uint8 else x.float() for key, x in obs.items()})
-    return film(torch.cat([truth, model, (model - truth + 255) / 2], 2), seen)
-
-
-def shown(recon):
-    """Predicted images, in -0.5 to 0.5, to 0 to 1."""
-    return {key: (x + 0.5).clamp(0, 1) if x.dim() == 5 else x for key, x in recon.items()}
-
-
-@torch.no_grad()
-def dream(agent, args, steps=45):
-    """Plan and act in imagination, after one real observation of each of 4 environments. -> uint8 (T, H, W, 3)."""
-    envs = make_envs(args.env_id, 4, args.seed, args)
-    row = start_row(envs, args.seed)
-    envs.close()
-    _, state = agent.act(row, row["is_first"], agent.initial(4), random=True)
-    state, feats = {key: state[key] for key in ("deter", "stoch")}, []
-    for _ in range(steps):
-        feats.append(agent.rssm.feat(state))
-        action = agent.played(agent.captured_plan(state)["action"])
-        with agent.autocast():
-            future = agent.rssm.imagine(state, action[:, None])
-        state = {key: future[key][:, 0] for key in ("deter", "stoch")}
-    with agent.autocast():
-        return film(picture(shown(agent.decoder(torch.stack(feats, 1)))), seen=1)
-
-
 def frame(envs, row, agent):
     """The first environment as it renders itself, where it can, else as the agent sees it. -> uint8 (H, W, 3)."""
     try:
@@ -1112,17 +1094,18 @@ def evaluate(agent, args, episodes, video=None):
 
     -> returns, one per episode. video: path for a GIF of the first environment's first episode.
     """
-    N = min(episodes, 8)
+    N, cuda = min(episodes, 8), agent.device.type == "cuda"
     wanted = [episodes // N + (n < episodes % N) for n in range(N)]  # each its share: no bias to short episodes
     envs, scores, frames = make_envs(args.env_id, N, args.seed, args, bool(video)), [[] for _ in range(N)], []
-    with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
+    act = Captured(partial(agent.act, eval=True), args.cuda_graph and cuda)
+    with torch.random.fork_rng([agent.device] if cuda else []):
         torch.manual_seed(args.seed + 1_000)
         row, state, total = start_row(envs, args.seed + 1_000), agent.initial(N), np.zeros(N)
         while any(len(score) < share for score, share in zip(scores, wanted, strict=True)):
             if video and not scores[0]:
                 frames.append(frame(envs, row, agent))
-            action, state = agent.act(row, row["is_first"], state, eval=True)
-            row = next_row(envs, action, row)
+            state = act(agent.inputs(row, state))
+            row = next_row(envs, agent.env_action(state), row)
             total = total * ~row["is_first"] + row["reward"]
             for n in np.flatnonzero(row["is_last"]):
                 scores[n].append(float(total[n]))
@@ -1145,99 +1128,93 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
-def load(path, device, need=()):
+def load(path, need=()):
     """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         assert all(key in state for key in need), "another kind of file"
         return state
     except Exception as error:
-        text = " ".join(str(error).split())[:200]
-        fail(f"{path}: cannot be read ({type(error).__name__}: {text}); allowed: a checkpoint.pt")
+        fail(f"{path}: cannot be read ({type(error).__name__}: {str(error)[:200]}); allowed: a checkpoint.pt")
 
 
-def merge(args, path, saved, free):
-    """The flags of a checkpoint. Those named in free are taken from args; all others must agree if they are given.
-
-    Those of OF_A_CALL belong to a call, not to a run: they are not inherited.
-    """
-    if not saved.keys() <= {x.name for x in fields(Args)}:
+def inherit(args, path, saved, free):
+    """The flags of a run; of those named in free, what is given now. Any other that is given must be as it was."""
+    flags = {**asdict(Args()), **saved, **OF_A_CALL}
+    given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
+    if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
-    saved = {**asdict(Args()), **saved, **{name: getattr(Args, name) for name in OF_A_CALL}}
-    asked = {x.name: getattr(args, x.name) for x in fields(Args) if getattr(args, x.name) != x.default}
-    for name, value in asked.items():
-        if name not in free and value != saved[name]:
-            flags = ", ".join(f"--{x}" for x in free).replace("_", "-")
-            fail(f"--{name.replace('_', '-')} {value}: the run at {path} has {saved[name]}; allowed to change: {flags}")
-    return replace(Args(**saved), **{name: value for name, value in asked.items() if name in free})
+    for key in given.keys() - free:
+        if given[key] != flags[key]:
+            flag, allowed = f"--{key.replace('_', '-')} {given[key]}", ", ".join(free).replace("_", "-")
+            fail(f"{flag}: the run at {path} has {flags[key]}; allowed to change: {allowed}")
+    return Args(**{**flags, **given})
 
 
-def restore_weights(agent, state, path):
-    """Load a state_dict, or stop with one line where shapes differ."""
+def load_weights(agent, saved, path):
+    """Weights of a checkpoint into an agent, or one line where shapes differ."""
     try:
-        agent.load_state_dict(state)
+        agent.load_state_dict(saved["agent"])
     except RuntimeError as error:
-        line = str(error).splitlines()[-1].strip()
-        fail(f"{path}: made for other observations or actions ({line}); allowed: its own environment and version")
+        fail(f"{path}: made for other observations or actions; allowed: its own environment and version ({error})")
 
 
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
-    state = load(path, "cpu", need=("args", "agent"))
-    free = ("eval", "dream", "eval_episodes", "seed", "device")
-    args = resolve(merge(args or Args(), path, state["args"], free))
+    saved = load(path, need=("args", "agent"))
+    args = resolve(inherit(args or Args(), path, saved["args"], SHOWN))
     envs = make_envs(args.env_id, 1, args.seed, args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
     envs.close()
-    restore_weights(agent, state["agent"], path)
+    load_weights(agent, saved, path)
     return agent, args
 
 
 def show(args):
-    """--eval and --dream: print the returns, leave a GIF beside the checkpoint."""
+    """--eval or --dream: print the returns, leave a GIF beside the checkpoint."""
     path = Path(args.eval or args.dream)
     folder = path if path.is_dir() else path.parent
     agent, args = load_agent(path, args)
     if args.dream:
         save_gif(folder / "dream.gif", dream(agent, args))
-        print(f"{folder}/dream.gif: the policy in imagination")
         return {"run_dir": str(folder)}
     scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
-    shown = " ".join(f"{score:g}" for score in scores[:20]) + " ..." * (len(scores) > 20)
-    print(f"{args.env_id}, {len(scores)} episodes: {shown}")
+    print(f"{args.env_id}, {len(scores)} episodes: {' '.join(f'{score:g}' for score in scores)}")
     print(f"mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
     return {"run_dir": str(folder), "returns": scores}
 
 
-def describe(args, agent, replay, run_dir):
-    """Say what is about to run, before it takes hours."""
-    gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
-    warning = "CPU  <-- WARNING: no GPU; images will take days" if agent.decoder.images else "CPU (vectors: fine)"
-    gib, place = args.buffer_size * replay.row_bytes / 2**30, "main" if replay.device.type == "cpu" else "GPU"
-    print(f"run       {run_dir}\ndevice    {gpu or warning}; PyTorch {torch.__version__}")
-    print(f"agent     {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
-    print(f"replay    {args.buffer_size:,} rows x {replay.row_bytes / 1024:.1f} KiB = {gib:.1f} GiB of {place} memory")
-    updates = f"{args.collect_interval} updates on {args.batch_size} x {args.batch_length} steps"
-    print(f"training  {args.seed_episodes} random episodes, then {updates} per episode")
-    print(f"planning  {args.iterations} x {args.candidates:,} plans of {args.horizon} steps")
-    steps = f"{args.total_timesteps:,} policy steps = {args.total_timesteps * args.action_repeat:,} frames"
-    print(f"length    {steps}", flush=True)
-
-
-def open_writer(args, run_dir, step):
-    """TensorBoard, mirrored to Weights & Biases with --track."""
+def open_run(args, agent, replay, saved):
+    """Make the run folder and say what is about to run, before it takes hours. -> folder, TensorBoard (with --track
+    mirrored to Weights & Biases).
+    """
     from torch.utils.tensorboard import SummaryWriter
 
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.run_root) / name
+    if saved:
+        run_dir = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(saved))
+    except OSError as error:
+        fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
+    gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
+    cpu = "CPU  <-- WARNING: no GPU; images will take days" if agent.decoder.images else "CPU (vectors: fine)"
+    size, place = args.buffer_size * replay.row_bytes / 2**30, "main" if replay.device.type == "cpu" else "GPU"
+    print(f"run       {run_dir}\ndevice    {gpu or cpu}; PyTorch {torch.__version__}")
+    print(f"agent     {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
+    print(f"replay    {args.buffer_size:,} rows x {replay.row_bytes / 1024:.1f} KiB = {size:.1f} GiB of {place} memory")
+    print(f"length    {args.total_timesteps:,} policy steps = {args.total_timesteps * args.action_repeat:,} frames")
     if args.track:
         import wandb
 
         names = dict(name=run_dir.name, id=run_dir.name, config=asdict(args))
         wandb.init(**names, resume="allow", sync_tensorboard=True, save_code=True)
-    writer = SummaryWriter(run_dir, purge_step=step + 1 if step else None)
+    writer = SummaryWriter(run_dir, purge_step=saved["now"]["step"] + 1 if saved else None)
     table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", step)
-    return writer
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", saved["now"]["step"] if saved else 0)
+    return run_dir, writer
 
 
 def finite(stats):
@@ -1249,49 +1226,6 @@ def finite(stats):
     if bad:
         raise FloatingPointError(", ".join(bad))
     return values
-
-
-def record(writer, args, now, stats, spent, since, replay):
-    """One progress line, and the scalars for TensorBoard. spent: seconds by part; since: time and step of last call.
-
-    On a GPU perf/train_ms is the time to queue updates; the wait until they are done is in perf/act_ms.
-    """
-    steps, seconds = max(1, now["step"] - since[1]), time.time() - since[0]
-    score = np.mean(now["recent"]) if now["recent"] else float("nan")
-    left = max(0, args.total_timesteps - now["step"]) * seconds / steps
-    line = f"step {now['step']:,}/{args.total_timesteps:,}  return {score:.1f}  {steps / seconds:.1f} steps/s"
-    line += f"  updates {now['updates']:,}  loss {stats.get('losses/total', float('nan')):.1f}"
-    print(f"{line}  left {int(left // 3600)}:{int(left % 3600 // 60):02}:{int(left % 60):02}", flush=True)
-    scalars = {**stats, **{f"perf/{key}_ms": 1000 * x / steps for key, x in spent.items()}}
-    scalars |= {"charts/SPS": steps / seconds, "charts/frames": now["step"] * args.action_repeat}
-    scalars |= {"charts/gradient_steps": now["updates"], "charts/replay_rows": replay.rows * args.num_envs}
-    for key, value in scalars.items():
-        writer.add_scalar(key, value, now["step"])
-
-
-def checkpoint(args, run_dir, agent, replay, now, writer):
-    """Write all that a resumed run needs. A crash at any moment leaves the old checkpoint and the files it names."""
-    cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
-    parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now}
-    parts |= {"replay": replay.save(run_dir / "replay"), "args": asdict(args)}
-    parts |= {"random": torch.get_rng_state(), "cuda_random": cuda}
-    save(run_dir / "checkpoint.pt", **parts, source=SOURCE)
-    replay.sweep(run_dir / "replay")
-    writer.flush()
-
-
-def restore(saved, args, agent, replay, run_dir):
-    """Bring agent, replay and random state to where the checkpoint was taken. -> now.
-
-    New episodes begin: the interrupted ones stand in the replay as abandoned.
-    """
-    restore_weights(agent, saved["agent"], args.resume)
-    agent.optimizer.load_state_dict(saved["optimizer"])
-    replay.load(run_dir / "replay", saved["replay"])
-    torch.set_rng_state(saved["random"].cpu())
-    if agent.device.type == "cuda" and saved["cuda_random"] is not None:
-        torch.cuda.set_rng_state(saved["cuda_random"].cpu(), agent.device)
-    return {**saved["now"], "returns": [0.0] * args.num_envs, "lengths": [0] * args.num_envs}
 
 
 if __name__ == "__main__":

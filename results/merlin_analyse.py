@@ -19,17 +19,19 @@ import merlin  # noqa: E402
 
 @torch.no_grad()
 def episode(agent, args):
-    """-> {name: (T, ...)} of one episode: observations, and what each step of acting has computed."""
+    """-> {name: (T, ...)} of one episode: rows, the number of rows in memory, what each step has computed."""
     envs = merlin.make_envs(args.env_id, 1, args.seed, args)
-    row, state, steps = merlin.start_row(envs, args.seed + 1_000), agent.initial(1), []
+    row, state, rows = merlin.start_row(envs, args.seed + 1_000), agent.initial(1), []
+    start = agent.inputs(row, state)
     torch.manual_seed(args.seed)
-    while not steps or not row["is_last"][0]:
-        action, state = agent.act(row, row["is_first"], state, eval=True)
-        step = {key: x[0].cpu().float() for key, x in agent.seen.items()}
-        steps.append(step | {key: torch.as_tensor(row[key][0]) for key in agent.decoder.shapes})
-        row = merlin.next_row(envs, action, row)
+    while not rows or not rows[-1]["is_last"][0]:
+        state = agent.act(agent.inputs(row, state), eval=True)
+        rows.append({**row, "action": agent.env_action(state), "noise": state["noise"], "count": state["count"]})
+        row = merlin.next_row(envs, rows[-1]["action"], row)
     envs.close()
-    return {key: torch.stack([x[key] for x in steps]) for key in steps[0]}
+    rows = {key: torch.stack([torch.as_tensor(x[key]) for x in rows], 1).to(agent.device) for key in rows[0]}
+    computed = agent.unroll({**{key: x for key, x in start.items() if "state/" in key}, **rows})
+    return {key: x[0].cpu() for key, x in {**rows, **computed}.items()}
 
 
 def shown(x, decoder, key, seen=False):

@@ -147,20 +147,18 @@ def merlin_agent(env_id="MemoryGame-6-v0", merlin=merlin, **flags):
     return envs, agent
 
 
-class Silent:
-    """A writer that writes nothing."""
-
-    def add_scalar(self, *_):
-        pass
-
-
 def merlin_window(envs, agent, windows=1, merlin=merlin):
     """-> batch of the last of some windows, row and state after it."""
-    now, played = {"step": 0, "recent": []}, {"return": np.zeros(envs.num_envs), "length": np.zeros(envs.num_envs)}
     row, state = merlin.start_row(envs, 0), agent.initial(envs.num_envs)
     for _ in range(windows):
-        batch, row, state = merlin.collect(agent.args, agent, envs, row, state, played, now, Silent())
-    return batch, row, state
+        start, rows = {f"state/{key}": x.clone() for key, x in state.items()}, []
+        for _ in range(agent.args.window):
+            state = agent.act(agent.inputs(row, state))
+            rows.append({**row, "action": agent.env_action(state), "noise": state["noise"].clone()})
+            row = merlin.next_row(envs, rows[-1]["action"], row)
+        rows.append({**row, "action": 0 * rows[-1]["action"], "noise": torch.randn_like(state["noise"])})
+        batch = {key: torch.stack([torch.as_tensor(x[key]) for x in rows], 1).to(agent.device) for key in rows[0]}
+    return {**batch, **start}, row, state
 
 
 def gumbel_agent(**flags):

@@ -54,7 +54,8 @@ def test_spaces_and_flags(module, tmp_path, capsys):
     refused(module, capsys, "--resume --eval", resume="a", eval="b", **root)
     refused(module, capsys, "--eval --dream", dream="a", eval="b", **root)
     refused(module, capsys, "--obs both", "dm_control", env_id="CartPole-v1", obs="both", **root)
-    other = {"100k": "200m", "200m": "100k"}[module.Args().atari_protocol]
+    usual = module.resolve(module.Args(env_id="CartPole-v1", size="debug")).atari_protocol
+    other = {"100k": "200m", "200m": "100k"}[usual]
     refused(module, capsys, f"--atari-protocol {other}", "ALE", env_id="CartPole-v1", atari_protocol=other, **root)
     assert not list(tmp_path.iterdir())
 

@@ -19,6 +19,8 @@ from helpers import AGENTS, captured, experience, known, merlin_agent, merlin_wi
 sys.path.append(str(ROOT / "results"))
 import kernels  # noqa: E402
 
+import merlin  # noqa: E402
+
 pytestmark = pytest.mark.gpu
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 
@@ -182,6 +184,7 @@ def test_merlin_graphs_equal_eager(agent):
     """merlin: captured updates, on another batch each, are the eager ones; and captured acting follows the weights."""
     flags = dict(agent=agent, device=DEVICE, bf16=False)
     (envs, graph), (_, eager) = (merlin_agent(**flags, cuda_graph=on) for on in (True, False))
+    captured(merlin, graph)
     batches, before = [merlin_window(envs, eager, windows=n)[0] for n in range(1, 9)], eager.state_dict()
     before = {key: x.clone() for key, x in before.items()}
     for i, batch in enumerate(batches):
@@ -192,21 +195,23 @@ def test_merlin_graphs_equal_eager(agent):
     ways = [[made.state_dict()[key] - x for key, x in before.items()] for made in (graph, eager)]
     way, way2 = (torch.cat([x.flatten() for x in way]) for way in ways)
     assert (way - way2).norm() < 0.3 * way.norm() and way.norm() > 0
-    real, logits = graph.captured_act, []
-    graph.captured_act = lambda inputs: logits.append((out := real(inputs))["logits"].clone()) or out
-    for _ in range(3):  # captured at the fourth step of the first window
-        del logits[:]
-        batch = merlin_window(envs, graph)[0]
-        with torch.no_grad():
-            again = graph.unroll(batch)["logits"][:, :-1]
-        assert torch.allclose(again, torch.stack(logits, 1), rtol=1e-3, atol=1e-4)
+    for batch in batches[:3]:
+        eager.load_state_dict(graph.state_dict())
+        row, state = merlin.start_row(envs, 0), graph.initial(envs.num_envs)
+        for _ in range(6):  # captured at the fourth
+            inputs, results = graph.inputs(row, state), []
+            for made in graph, eager:
+                torch.manual_seed(0)
+                results.append({key: x.clone() for key, x in made.act(inputs).items()})
+            assert all(torch.allclose(x, results[1][key], rtol=1e-3, atol=1e-4) for key, x in results[0].items())
+            state = results[0]
+            row = merlin.next_row(envs, graph.env_action(state), row)
         graph.update(batch)
 
 
 @pytest.mark.parametrize("agent", ["merlin", "rl_mem", "rl_lstm"])
 def test_merlin_on_gpu(agent, tmp_path):
     """merlin: a run from graphs; it goes on, on this device and the other."""
-    merlin = importlib.import_module("merlin")
     flags = dict(agent=agent, size="debug", total_timesteps=2_000, checkpoint_every=10_000, device=DEVICE)
     result = merlin.train(merlin.Args(**flags, run_root=str(tmp_path)))
     for device in (DEVICE, "cpu"):

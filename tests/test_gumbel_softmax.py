@@ -761,7 +761,7 @@ def test_debug_run(finished, capsys):
     run = pathlib.Path(finished["run_dir"])
     assert run.name.startswith("vae-categorical-reinforce__gumbel_softmax__1__") and finished["global_step"] == 20
     assert np.isfinite([x for x in finished.values() if isinstance(x, float)]).all() and len(finished["curve"]) == 2
-    assert module.load(run, "cpu")["source"] == pathlib.Path(module.__file__).read_text(encoding="utf-8")
+    assert module.load(run)["source"] == pathlib.Path(module.__file__).read_text(encoding="utf-8")
     assert not list(run.rglob("*.tmp"))
     events = EventAccumulator(str(run)).Reload()
     names = {"charts/valid_bound", "charts/test_bound", "charts/temperature", "losses/total", "losses/kl"}
@@ -813,10 +813,10 @@ def test_resume_is_exact(folder, tmp_path, monkeypatch, case):
         module.train(short(folder, tmp_path / "killed", **flags))
     monkeypatch.setattr(module.Agent, "update", real)
     (run,) = (tmp_path / "killed").iterdir()
-    assert module.load(run, "cpu")["now"]["step"] == 10
+    assert module.load(run)["now"]["step"] == 10
     torch.manual_seed(99)
     result = module.train(module.Args(resume=str(run), device="cpu"))
-    one, other = module.load(straight["run_dir"], "cpu"), module.load(run, "cpu")
+    one, other = module.load(straight["run_dir"]), module.load(run)
     for key in "agent", "optimizer", "random":
         assert same(one[key], other[key]), key
     assert (straight["curve"], straight["bound"]) == (result["curve"], result["bound"])
@@ -901,7 +901,7 @@ def test_bad_input(tmp_path, capsys):
 
 def test_other_checkpoints(run, tmp_path, capsys):
     """Code in a checkpoint, truncated, missing, of other networks, of another version, with other flags."""
-    path, state = run / "checkpoint.pt", module.load(run, "cpu")
+    path, state = run / "checkpoint.pt", module.load(run)
     torch.save({"args": {}, "agent": Evil(tmp_path / "harm")}, tmp_path / "evil.pt")
     for flag in "resume", "eval":
         refused(capsys, "evil.pt", size="short", **{flag: str(tmp_path / "evil.pt")})
@@ -940,7 +940,7 @@ def test_loss_is_not_finite(folder, tmp_path, monkeypatch, when):
         module.train(short(folder, tmp_path))
     monkeypatch.setattr(module.Agent, "loss", real)
     (run,) = tmp_path.iterdir()
-    saved = module.load(run, "cpu")
+    saved = module.load(run)
     assert saved["now"]["step"] == 10 and all(torch.isfinite(x).all() for x in saved["agent"].values())
     assert np.isfinite(module.train(module.Args(resume=str(run), device="cpu"))["bound"])
 
@@ -959,7 +959,7 @@ def test_disk_is_full(folder, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="step 20: OSError: .*No space"):
         module.train(short(folder, tmp_path))
     (run,) = tmp_path.iterdir()
-    assert module.load(run, "cpu")["now"]["step"] == 10 and not list(run.glob("*.tmp"))
+    assert module.load(run)["now"]["step"] == 10 and not list(run.glob("*.tmp"))
     monkeypatch.setattr(torch, "save", real)
     module.train(module.Args(resume=str(run), device="cpu"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -43,7 +43,7 @@ def spy(patch, events, owner, method, name):
         event.left, event.result = copy.deepcopy((args[1:], result))
         event.arguments = signature.bind(*args, **kwargs).arguments
         event.data = copy.deepcopy(args[0].data) if name == "add" else None
-        event.seen = copy.deepcopy(getattr(args[0], "seen", {}))  # what merlin's step of acting has computed
+        event.seed = torch.initial_seed()
         events[began:] = [event] if name == "evaluate" else [event, *events[began:]]
         return result
 
@@ -207,6 +207,7 @@ def test_same_flags_same_run(name):
     runs = [play(name, num_envs=3), play.__wrapped__(name, num_envs=3), play.__wrapped__(name, num_envs=3, seed=2)]
     rows = [[(row["vector"], row["action"]) for row in stored(run)] for run in runs]
     assert same(rows[0], rows[1]) and not same(rows[0], rows[2])
+    assert [x.seed for run in runs for x in run.events if x.name == "start"] == [1, 1, 2]  # of weights and of sampling
 
 
 @files
@@ -429,7 +430,7 @@ def test_merlin_noise(num_envs):
     """A window keeps the noise that its latents were drawn with; that of the row more is drawn anew."""
     run = play("merlin", num_envs=num_envs)
     for acted, batch in windows(run):
-        seen = [(tick.act.result if isinstance(tick.act.result, dict) else tick.act.seen)["noise"] for tick in acted]
+        seen = [tick.state["noise"] for tick in acted]
         assert torch.equal(batch["noise"][:, :-1], torch.stack(seen, 1))
         assert len({tuple(x.flatten().tolist()) for x in batch["noise"].unbind(1)}) == run.args.window + 1
 

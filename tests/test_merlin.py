@@ -362,9 +362,17 @@ def test_baselines_learn_what_they_store():
 def test_window_repeats_what_acting_did(name, env_id):
     """unroll gives the logits and latents of acting, across episode ends, from a state carried over a window."""
     envs, agent = made(env_id, agent=name)
-    seen, real = [], agent.act_step
-    agent.captured_act.fn = lambda inputs: seen.append(real(inputs)) or seen[-1]
-    batch, _, state = window(envs, agent, windows=2)
+    seen, states, tick = [], [], agent.tick
+
+    def noted(*given):
+        out, state = tick(*given)
+        seen.append(out)
+        states.append({key: x.clone() for key, x in state.items()})
+        return out, state
+
+    agent.tick = noted
+    batch = window(envs, agent, windows=2)[0]
+    agent.tick = tick
     assert batch["is_first"][:, 1:].any()
     with torch.no_grad():
         out = agent.unroll(batch)
@@ -372,18 +380,18 @@ def test_window_repeats_what_acting_did(name, env_id):
     for key in {"logits", "z", "post", "prior", "weights"} & out.keys():
         acted = torch.stack([x[key] for x in seen[-T:]], 1)
         assert torch.allclose(out[key][:, :T], acted, atol=1e-5), key
-    assert torch.equal(batch["state/action"], seen[-T - 1]["state/action"])
+    assert all(torch.equal(batch[f"state/{key}"], x) for key, x in states[-T - 1].items())
 
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_nothing_waits_for_the_host(name):
     """Neither do the losses of an update, nor what is captured of acting."""
     envs, agent = made("Tiny-both-discrete-v0", agent=name)
-    seen, real = [], agent.act_step
-    agent.captured_act.fn = lambda inputs: seen.append(inputs) or real(inputs)
-    batch = window(envs, agent)[0]
+    batch, row, state = window(envs, agent)
+    inputs = agent.inputs(row, state)
     assert host_waits(lambda: agent.losses(batch)) == set()
-    assert host_waits(torch.no_grad()(lambda: real(seen[0]))) == set()
+    for eval in False, True:
+        assert host_waits(lambda eval=eval: agent.act(inputs, eval)) == set()
 
 
 @pytest.mark.parametrize("name", AGENTS)
@@ -395,14 +403,13 @@ def test_reset_of_one_environment(name):
     for first in (0, 0, 0), (0, 1, 0):
         is_first = np.resize(np.array(first, bool), envs.num_envs) * (np.arange(envs.num_envs) < 3)
         torch.manual_seed(1)
-        copied = {key: x.clone() for key, x in state.items()}
-        results.append(agent.act(row, is_first, copied)[1])
+        results.append(agent.act(agent.inputs({**row, "is_first": is_first}, state)))
     others = [n for n in range(envs.num_envs) if n != 1]
     for key, x in results[0].items():
         assert torch.equal(x[others], results[1][key][others]), key
     fresh = agent.initial(envs.num_envs)
     torch.manual_seed(1)
-    begun = agent.act(row, np.ones(envs.num_envs, bool), fresh)[1]
+    begun = agent.act(agent.inputs({**row, "is_first": np.ones(envs.num_envs, bool)}, fresh))
     assert all(torch.equal(x[1], begun[key][1]) for key, x in results[1].items())
     assert not same(results[0], results[1])
 
@@ -411,9 +418,12 @@ def test_policy_sees_the_memory_before_the_write():
     """The row of a step is not there when the step reads: the first reads are of nothing."""
     envs, agent = made()
     row = merlin.start_row(envs, 0)
-    _, state = agent.act(row, row["is_first"], agent.initial(envs.num_envs))
+    state = agent.act(agent.inputs(row, agent.initial(envs.num_envs)))
     assert (state["read"] == 0).all() and (state["policy_read"] == 0).all() and (state["memory"][:, 0] != 0).any()
-    _, state = agent.act(row, ~row["is_first"], state)
+    before = {key: x.clone() for key, x in state.items()}
+    after = agent.act(agent.inputs({**row, "is_first": ~row["is_first"]}, state))
+    assert same(state, before)  # memory is overwritten in a copy
+    state = after
     assert (state["read"] != 0).any() and (state["memory"][:, 1] != 0).any() and (state["memory"][:, 2] == 0).all()
 
 
@@ -520,31 +530,35 @@ def test_resume_is_exact(name, tmp_path, monkeypatch):
     counters, random state. A checkpoint in the midst of episodes changes nothing in the run that goes on.
     """
     flags = dict(agent=name, size="debug", device="cpu", num_envs=3, checkpoint_every=200)
-    results, collect = [], merlin.collect
+    results, act = [], merlin.Agent.act
     for i, every in enumerate((200, 10_000)):
         more = dict(total_timesteps=400, checkpoint_every=every, run_root=str(tmp_path / f"{i}"))
-        results.append(merlin.load(merlin.train(merlin.Args(**{**flags, **more}))["run_dir"], "cpu"))
+        results.append(merlin.load(merlin.train(merlin.Args(**{**flags, **more}))["run_dir"]))
     keys = "agent", "optimizer", "now", "random"
     assert all(same(results[0][key], results[1][key]) for key in keys if key != "optimizer")
     half = merlin.train(merlin.Args(**flags, total_timesteps=200, run_root=str(tmp_path / "half")))
     run = Path(half["run_dir"])
-    saved, ends, begun = merlin.load(run, "cpu"), [], set()
+    saved, ends, begun = merlin.load(run), [], set()
 
-    def first(args, agent, envs, row, state, played, now, writer):
-        if args.resume not in begun:  # nothing has been played yet
+    def first(agent, inputs):
+        if agent.args.resume not in begun:  # nothing has been played yet
             assert same(agent.state_dict(), saved["agent"]) and torch.equal(torch.get_rng_state(), saved["random"])
             optimizer = agent.optimizer.state_dict()["state"]
-            assert optimizer.keys() == saved["optimizer"]["state"].keys() and now == saved["now"]
+            assert optimizer.keys() == saved["optimizer"]["state"].keys()
             assert all(same(optimizer[i], saved["optimizer"]["state"][i]) for i in optimizer)
-        begun.add(args.resume)
-        return collect(args, agent, envs, row, state, played, now, writer)
+        begun.add(agent.args.resume)
+        return act(agent, inputs)
 
-    monkeypatch.setattr(merlin, "collect", first)
+    # what is saved before a step is taken is what was loaded: counters, too
+    kept = merlin.train(merlin.Args(resume=str(shutil.copytree(run, tmp_path / "kept")), device="cpu"))
+    counted = kept["global_step"], kept["updates"], kept["episodic_return"]
+    assert counted == (half["global_step"], half["updates"], half["episodic_return"])
+    monkeypatch.setattr(merlin.Agent, "act", first)
     for folder in tmp_path / "a", tmp_path / "b":
         shutil.copytree(run, folder)
         torch.manual_seed(99)
         merlin.train(merlin.Args(resume=str(folder), device="cpu", total_timesteps=400))
-        ends.append(merlin.load(folder, "cpu"))
+        ends.append(merlin.load(folder))
     assert all(same(ends[0][key], ends[1][key]) for key in keys if key != "optimizer") and len(begun) == 2
     pairs = zip(ends[0]["optimizer"]["state"].values(), ends[1]["optimizer"]["state"].values(), strict=True)
     assert all(same(a, b) for a, b in pairs)
@@ -583,7 +597,7 @@ def test_analysis(env_id, kwargs, tmp_path, capsys):
     steps = merlin_analyse.episode(agent, args)
     weights, key = steps["weights"], "image" if "image" in kwargs else "vector"
     assert torch.allclose(weights.sum(-1), torch.ones(weights.shape[:2])) and len(weights) == len(steps[key]) > 3
-    assert torch.equal(steps["state/count"], torch.arange(1.0, len(weights) + 1))  # one write a step, from the first on
+    assert torch.equal(steps["count"], torch.arange(1.0, len(weights) + 1))  # one write a step, from the first on
     seen = merlin_analyse.shown(steps[key], agent.decoder, key, seen=True)
     assert seen.shape == ((64, 64 * len(weights), 3) if key == "image" else (9, len(weights)))
     assert seen.min() >= 0 and seen.max() <= 1 and (key == "image" or (seen.sum(0) == 2).all())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from gymnasium import spaces
-from helpers import experience, short, window
+from helpers import act, experience, short, window
 
 import planet
 
@@ -147,14 +147,14 @@ def test_noise_of_collected_actions(monkeypatch):
     """Normal of deviation 0.3 around the plan, clipped; none in evaluation; uniform actions if random."""
     agent = agent_of(spaces.Box(-1, 1, (1,)))
     N = 20_000
-    monkeypatch.setattr(agent, "captured_plan", lambda state: {"action": torch.full((N, 1), 0.9)})
-    obs, first = {"vector": np.zeros((N, 3), np.float32)}, np.ones(N, bool)
-    action, state = agent.act(obs, first, agent.initial(N))
+    monkeypatch.setattr(agent, "plan", lambda state: {"action": torch.full((N, 1), 0.9)})
+    row = {"vector": np.zeros((N, 3), np.float32), "is_first": np.ones(N, bool)}
+    action, state = act(agent, row, agent.initial(N))
     below = action[action < 0.9]
     assert abs(np.sqrt(((below - 0.9) ** 2).mean()) - 0.3) < 0.01 and abs((action == 1).mean() - 0.369) < 0.02
     assert torch.equal(state["action"], torch.from_numpy(action))
-    assert (agent.act(obs, first, agent.initial(N), eval=True)[0] == np.float32(0.9)).all()
-    action, _ = agent.act(obs, first, agent.initial(N), random=True)
+    assert (act(agent, row, agent.initial(N), eval=True)[0] == np.float32(0.9)).all()
+    action, _ = act(agent, row, agent.initial(N), random=True)
     assert abs(action.mean()) < 0.02 and abs(action.std() - 3**-0.5) < 0.01 and abs(action).max() <= 1
 
 
@@ -260,7 +260,7 @@ def test_acting_and_training_agree(monkeypatch):
     post, state = agent.model_losses(batch)[2], agent.initial(1)
     for t in range(T):
         rows = {key: x[:, t + 1] for key, x in batch.items()}
-        _, state = agent.act(rows, rows["is_first"], state, random=True)
+        state = agent.act(agent.inputs(rows, state), random=True)
         for key in "deter", "stoch":
             assert torch.allclose(state[key], post[key][:, t], atol=1e-5), t
         state["action"] = rows["action"].clamp(-1, 1)
@@ -352,7 +352,7 @@ def test_losses_by_hand(monkeypatch):
     want["kl"] = (planet.kl_gaussian(*pairs[0], *pairs[1]) - 0.01).clamp(min=0)
     scales = {"reward": 10}
     total = sum(scales.get(key, 1) * x.mean() for key, x in want.items())
-    assert torch.isclose(agent.step(batch)["losses/total"], total, rtol=1e-5)
+    assert torch.isclose(agent.update(batch)["losses/total"], total, rtol=1e-5)
 
 
 def test_first_transposed_convolution_is_a_product():

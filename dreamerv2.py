@@ -151,7 +151,7 @@ PRESETS = {  # debug and small are ours: for a CPU
     "train_every":           (8.0,     5.0,     4.0,         16.0,       5.0,      5.0),
     "prefill":               (64,      1_000,   50_000,      50_000,     1_000,    10_000),
     "pretrain":              (1,       1,       1,           1,          100,      1),
-    "atari_protocol":        ("200m",  "200m",   "200m",      "fast",      "200m",   "200m"),
+    "atari_protocol":        ("200m",  "200m",  "200m",      "fast",     "200m",   "200m"),
     "checkpoint_every":      (200,     10_000,  50_000,      50_000,     10_000,   50_000),
     "gamma":                 (0.99,    0.99,    0.999,       0.999,      0.99,     0.999),
     "entropy_scale":         (2e-3,    2e-3,    1e-3,        1e-3,       1e-4,     3e-3),

@@ -89,19 +89,11 @@ def ticks(events):
         tick.plans, tick.names = of("plan"), " ".join(x.name for x in calls if x.name != "plan")
         for update, drawn in zip(tick.updates, of("sample"), strict=False):
             update.drawn = drawn.result
-        given, result, tick.inputs = tick.act.given, tick.act.result, {}
-        for part in sorted(given, key=lambda x: not isinstance(x, dict)):  # all in one, or row, is_first, state
-            tick.inputs |= plain(part) if isinstance(part, dict) else {"is_first": part}
-        tick.action, tick.state = result if isinstance(result, tuple) else (tick.env.given[0], plain(result))
+        tick.inputs, tick.action, tick.state = tick.act.given[0], tick.env.given[0], tick.act.result
         tick.next, tick.after = tick.env.result, step + int((~row["is_last"]).sum())
         found.append(tick)
         row, step = tick.next, tick.after
     return found
-
-
-def plain(tensors):
-    """A dict whose keys may say "state/..." without that."""
-    return {key.removeprefix("state/"): x for key, x in tensors.items()}
 
 
 def stored(run):
@@ -280,11 +272,6 @@ def test_dreamerv3_stores_the_state_of_the_row(num_envs):
     assert len(stoch) > 5 and len({tuple(tick.state["deter"].flatten().tolist()) for tick in run.ticks}) > 15
 
 
-def fresh(update, key):
-    """The states that an update has computed of rows 1..T, whether it returns them or puts them into the batch."""
-    return update.result[key] if key in update.result else update.left[0][key][:, 1:]
-
-
 @ratios
 @num_envs
 def test_dreamerv3_writes_states_back(ratio, num_envs):
@@ -300,7 +287,7 @@ def test_dreamerv3_writes_states_back(ratio, num_envs):
             assert torch.equal(ring, tick.add.data[key])
             before = ring.clone()
             for update in tick.updates:
-                values, index = fresh(update, key).to(ring.dtype), update.drawn["index"]
+                values, index = update.result[key].to(ring.dtype), update.drawn["index"]
                 assert torch.equal(update.drawn[key], ring.flatten(0, 1)[index])
                 for b, t in itertools.product(range(B), range(T)):
                     ring.flatten(0, 1)[index[b, t + 1]] = values[b, t]
@@ -441,7 +428,7 @@ def test_merlin_states_are_carried(num_envs):
     run = play("merlin", num_envs=num_envs)
     state = {key: torch.zeros_like(x) for key, x in run.ticks[0].state.items()}
     for acted, batch in windows(run):
-        start = plain({key: x for key, x in batch.items() if key.startswith("state/")})
+        start = {key.removeprefix("state/"): x for key, x in batch.items() if key.startswith("state/")}
         assert start.keys() == state.keys() > {"memory", "h", "action"} and same(start, state)
         state = acted[-1].state
         assert state["memory"].any()

@@ -911,9 +911,8 @@ def train(args: Args) -> dict:
     run_dir, writer = open_run(args, agent, replay, saved)
     rows, replayed = args.batch_length + Agent.context, args.batch_size * args.batch_length  # in a window; by an update
     often = f"per {args.train_every:g} policy steps: each is replayed {replayed / args.train_every:g} times"
-    print(f"training  an update on {replayed:,} steps {often} (--train-every)")
     late = "  <-- WARNING: the run ends before, and trains nothing" if args.prefill >= args.total_timesteps else ""
-    print(f"          after {args.prefill:,} random steps (--prefill){late}", flush=True)
+    print(f"training  an update on {replayed:,} steps {often}; first {args.prefill:,} random ones{late}", flush=True)
     step, updates, first_step, recent = 0, 0, None, []  # first_step: at the first update; recent: last 20 returns
     if saved:  # new episodes begin: the interrupted ones stand in the replay as abandoned
         load_weights(agent, saved, run_dir)

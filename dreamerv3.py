@@ -154,15 +154,14 @@ def resolve(args: Args) -> Args:
 
     Stops with exit code 2 where flags are impossible or contradict each other.
     """
-    repeat = {"ALE": 4, "dm_control": 2}.get(args.env_id.split("/")[0], 1)
-    preset = {**SIZES[args.size], "action_repeat": repeat}
+    family = args.env_id.split("/")[0]
+    preset = {**SIZES[args.size], "action_repeat": {"ALE": 4, "dm_control": 2}.get(family, 1)}
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     rows = min(args.total_timesteps * 9 // 8, 1_000_000)  # an eighth for the rows of resets
     args = replace(args, buffer_size=rows if args.buffer_size is None else args.buffer_size)
     positive = ["num_envs", "action_repeat", "total_timesteps", "batch_size", "train_ratio", "learning_starts"]
     positive += ["buffer_size", "checkpoint_every", "imag_horizon", "warmup", "eval_episodes"]
-    bounds = dict.fromkeys(positive, 0) | {"batch_length": 1, "bins": 2}
-    for name, least in bounds.items():
+    for name, least in {**dict.fromkeys(positive, 0), "batch_length": 1, "bins": 2}.items():
         if getattr(args, name) <= least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than {least}")
     if args.bins % 2 == 0 or args.deter % args.blocks:
@@ -170,9 +169,9 @@ def resolve(args: Args) -> Args:
     needed = args.num_envs * (-(-args.learning_starts // args.num_envs) + args.batch_length)  # rows at the first update
     if args.buffer_size // args.num_envs * args.num_envs < min(needed, args.total_timesteps):
         fail(f"--buffer-size {args.buffer_size}: training starts with {needed:,} rows; allowed: that many or more")
-    for name, family in ("obs", "dm_control"), ("atari_protocol", "ALE"):
-        if getattr(args, name) != getattr(Args, name) and not args.env_id.startswith(family + "/"):
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: with --env-id {family}/... only")
+    for name, only in ("obs", "dm_control"), ("atari_protocol", "ALE"):
+        if getattr(args, name) != getattr(Args, name) and family != only:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: with --env-id {only}/... only")
     if args.track and not importlib.util.find_spec("wandb"):
         fail("--track: Weights & Biases is missing; allowed after: pip install wandb")
     return args

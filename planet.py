@@ -153,8 +153,7 @@ def resolve(args: Args) -> Args:
     positive = ["num_envs", "action_repeat", "total_timesteps", "batch_size", "seed_episodes", "collect_interval"]
     positive += ["buffer_size", "checkpoint_every", "horizon", "iterations", "candidates", "top", "eval_episodes"]
     positive += ["stoch", "deter", "hidden", "units", "depth"]
-    bounds = dict.fromkeys(positive, 0) | {"batch_length": 1}
-    for name, least in bounds.items():
+    for name, least in {**dict.fromkeys(positive, 0), "batch_length": 1}.items():
         if getattr(args, name) <= least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than {least}")
     if args.top > args.candidates:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Curves: python results/plot.py NAME runs/A runs/B ... [--published BENCHMARK,METHOD,TASK] [--window 10] [--by FLAG]
 
-Reads the TensorBoard files of the runs, writes NAME.csv (one row per training episode) and NAME.png next to this file
-(or elsewhere, if NAME is an absolute path).
+Reads the TensorBoard files of the runs, or a CSV of this script in place of a run; writes NAME.csv (one row per
+training episode) and NAME.png next to this file, or elsewhere, if NAME is an absolute path.
 --by exp-name draws one curve for all runs of one value of that flag: mean over runs, band from least to greatest.
 --by prior,alpha-obs one for each combination, named by those values that most runs do not have.
 A published curve comes from published.csv (columns benchmark, method, task, step, mean, min, max), as a line in a band
@@ -30,7 +30,16 @@ def smooth(returns, window):
 
 
 def episodes(run, every):
-    """-> rows (policy step, frames, seconds since the start, return): one for `every` training episodes, their mean."""
+    """-> {run: rows}, of a run folder or of all in a CSV of this script. A row: policy step, frames, seconds since the
+    start, return; one for `every` training episodes, their mean.
+    """
+    if run.suffix == ".csv":
+        runs = {}
+        with open(run) as file:
+            for row in csv.DictReader(file):
+                numbers = int(row["policy_step"]), int(row["frames"]), float(row["seconds"]), float(row["return"])
+                runs.setdefault(Path(row["run"]), []).append(numbers)
+        return runs
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     frames = events.Scalars("charts/frames")[-1]
     repeat = frames.value / frames.step
@@ -38,7 +47,7 @@ def episodes(run, every):
     points = events.Scalars("charts/episodic_return")
     means = smooth(np.array([x.value for x in points]), every)
     rows = [(x.step, int(x.step * repeat), round(x.wall_time - start, 1)) for x in points]
-    return [(*row, round(float(mean), 4)) for row, mean in zip(rows, means, strict=True)][every - 1 :: every]
+    return {run: [(*row, round(float(mean), 4)) for row, mean in zip(rows, means, strict=True)][every - 1 :: every]}
 
 
 def draw_groups(axes, curves, flags, window):
@@ -70,13 +79,12 @@ def main():
     parser.add_argument("--every", type=int, default=1, help="training episodes in one row: for many short episodes")
     parser.add_argument("--by", help="names of flags: one curve for each of their values")
     args = parser.parse_args()
-    curves = []
+    curves, known = [], {run: rows for path in args.runs for run, rows in episodes(path, args.every).items()}
     figure, axes = plt.subplots(figsize=(6, 4))
     with open(HERE / f"{args.name}.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "policy_step", "frames", "seconds", "return"])
-        for run in args.runs:
-            rows = episodes(run, args.every)
+        for run, rows in known.items():
             writer.writerows([run.name, *row] for row in rows)
             _, frames, _, returns = np.array(rows).T
             curves.append((run, frames, returns))

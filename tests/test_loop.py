@@ -89,7 +89,8 @@ def ticks(events):
         tick.plans, tick.names = of("plan"), " ".join(x.name for x in calls if x.name != "plan")
         for update, drawn in zip(tick.updates, of("sample"), strict=False):
             update.drawn = drawn.result
-        tick.inputs, tick.action, tick.state = tick.act.given[0], tick.env.given[0], tick.act.result
+        tick.inputs = {key.removeprefix("state/"): x for key, x in tick.act.given[0].items()}
+        tick.action, tick.state = tick.env.given[0], tick.act.result
         tick.next, tick.after = tick.env.result, step + int((~row["is_last"]).sum())
         found.append(tick)
         row, step = tick.next, tick.after

@@ -16,13 +16,8 @@ import shape_comments
 from helpers import AGENTS, FILES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TARGETS = {
-    "planet": 1180,
-    "dreamerv2": 1370,
-    "merlin": 1000,
-    "dreamerv3": 1420,
-    "gumbel_softmax": 754,
-}  # lines, everything counted; a file may exceed its target by a tenth
+LINES = {"planet": 1231, "dreamerv2": 1423, "merlin": 1089, "dreamerv3": 1494, "gumbel_softmax": 822}
+# Everything counted. No file grows: what a feature adds has to go elsewhere, or replaces something.
 SECTIONS = [  # those of Replay and make_envs: in agents only
     "# SPDX-License-Identifier: MIT",
     "# /// script",
@@ -94,11 +89,11 @@ def test_licence_and_columns():
 def test_budgets(name):
     """Lines of a file, lines of a function, depth of nesting."""
     source, tree = read(name)
-    assert len(source.splitlines()) <= 1.1 * TARGETS[name]
+    assert len(source.splitlines()) <= LINES[name]
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             lines = node.end_lineno - node.lineno + 1
-            assert lines <= (110 if node.name == "train" else 60), f"{node.name}: {lines} lines"
+            assert lines <= (90 if node.name == "train" else 60), f"{node.name}: {lines} lines"
             assert depth(node) <= 4, f"{node.name}: {depth(node)} statements deep"
 
 

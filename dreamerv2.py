@@ -1371,7 +1371,8 @@ def show(args):
         save_gif(folder / "dream.gif", dream(agent, args))
         return {"run_dir": str(folder)}
     scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
-    print(f"{args.env_id}, {len(scores)} episodes: {' '.join(f'{score:g}' for score in scores)}")
+    text = " ".join(f"{score:g}" for score in scores[:20]) + " ..." * (len(scores) > 20)
+    print(f"{args.env_id}, {len(scores)} episodes: {text}")
     print(f"mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
     return {"run_dir": str(folder), "returns": scores}
 

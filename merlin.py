@@ -690,9 +690,9 @@ def train(args: Args) -> dict:
                 for key, value in {**finite(stats), **charts}.items():
                     writer.add_scalar(key, value, step)
                 score, loss = np.mean(recent or [np.nan]), stats["losses/total"]
-                progress = f"step {step:,}/{args.total_timesteps:,}  return {score:.1f}  updates {updates:,}"
+                line = f"step {step:,}/{args.total_timesteps:,}  return {score:.1f}  updates {updates:,}"
                 left = int(max(0, args.total_timesteps - step) / speed / 60)  # minutes
-                print(f"{progress}  loss {loss:.1f}  {speed:.1f} steps/s  left {left // 60}:{left % 60:02}", flush=True)
+                print(f"{line}  loss {loss:.1f}  {speed:.1f} steps/s  left {left // 60}:{left % 60:02} h", flush=True)
                 began, since = time.time(), step
             if done or before // args.checkpoint_every < step // args.checkpoint_every:
                 finite(stats)  # what is broken is not saved

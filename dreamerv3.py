@@ -40,7 +40,7 @@ Differs from the paper, on purpose:
 - An Atari episode cut at 108,000 frames bootstraps, as every time-out does here; in the code it is terminal.
 - ALE's vector environment resizes images by area, the code with Pillow's bilinear filter.
 - Evaluation takes the most likely action; published scores are returns of training episodes, which sample.
-- Weights are cast to bfloat16 once per update on a GPU, so their gradients over the T steps add up in bfloat16.
+- Weights are cast to bfloat16 once per update on a GPU; their gradients, sums over all T steps, are rounded to it.
 """
 
 import copy
@@ -455,7 +455,7 @@ class Actor(Head):
         return torch.zeros_like(mean).scatter_(-1, mean.argmax(-1, keepdim=True), 1.0) if self.discrete else mean
 
     def log_prob(self, dist, action):
-        """dist: of the method above; action: (..., A) -> (...), in nats."""
+        """dist: what dist has returned; action: (..., A) -> (...), in nats."""
         if self.discrete:
             return (dist[0] * action).sum(-1)
         mean, std = dist
@@ -538,7 +538,7 @@ class RSSM(nn.Module):
         reset, cand, update = (gates + self.core_gates.bias.view(G, 1, -1)).chunk(3, -1)
         cand = torch.tanh(reset.sigmoid() * cand)  # (G, N, D/G)
         own = deter.view(-1, G, size).transpose(0, 1)  # (G, N, D/G)
-        return torch.lerp(own, cand, (update - 1).sigmoid()).transpose(0, 1).flatten(1)  # -1: a new network remembers
+        return torch.lerp(own, cand, (update - 1).sigmoid()).transpose(0, 1).flatten(1)  # -1: at first h is mostly kept
 
     def step(self, deter, stoch, keep, action_hidden, embed_hidden, noise, core_weight, post_weight):
         """One step of the filter: h' = f(h, z, a), z' ~ q(h', x). deter: (N, D); stoch: (N, S, K); keep: (N, 1), 0

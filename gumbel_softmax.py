@@ -760,7 +760,7 @@ def evaluate(agent, images, samples):
 
 
 def save(path, **state):
-    """Atomic: either the whole new file stands under its name, or still the old one, and nothing beside it."""
+    """Atomic: either the whole new file stands under its name, or still the old one; an error leaves nothing else."""
     temporary = Path(path).with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -789,9 +789,9 @@ def inherit(args, path, saved, free):
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
-    for key in given.keys() - free:
-        if given[key] != flags[key]:
-            flag, allowed = f"--{key.replace('_', '-')} {given[key]}", ", ".join(free).replace("_", "-")
+    for key, value in given.items():
+        if key not in free and value != flags[key]:
+            flag, allowed = f"--{key.replace('_', '-')} {value}", ", ".join(free).replace("_", "-")
             fail(f"{flag}: the run at {path} has {flags[key]}; allowed to change: {allowed}")
     return Args(**{**flags, **given})
 
@@ -803,7 +803,7 @@ def load_agent(path, args=None, free=SHOWN):
     try:
         agent.load_state_dict(saved["agent"])
     except RuntimeError as error:
-        fail(f"{path}: made for other networks; allowed: its own flags and version ({error})")
+        fail(f"{path}: made for other networks ({str(error).splitlines()[-1]}); allowed: its own flags and version")
     return agent, agent.args
 
 

@@ -133,9 +133,8 @@ FOREIGN = {  # of no use to an agent
 
 
 def resolve(args: Args) -> Args:
-    """Fill what was left open (None) from the preset of --size and the number of cards. An explicit flag wins.
-
-    Stops with exit code 2 where flags are impossible or contradict each other.
+    """Fill what was left open (None) from the preset of --size and the number of cards; an explicit flag wins. Stops
+    with exit code 2 where flags are impossible or contradict each other.
     """
     game = re.fullmatch(r"MemoryGame-([1-9]\d*)-v0", args.env_id)
     if game and '"cards"' in args.env_kwargs:
@@ -646,17 +645,17 @@ def train(args: Args) -> dict:
     agent = AGENTS[args.agent](envs.single_observation_space, envs.single_action_space, args)
     device, cuda, state = agent.device, agent.device.type == "cuda", agent.initial(args.num_envs)
     update, act = (Captured(fn, args.cuda_graph and cuda) for fn in (agent.update, agent.act))
-    run_dir, writer = open_run(args, agent, saved)
     step, updates, recent = 0, 0, []  # recent: last 100 returns
     if saved:  # new episodes begin: the interrupted ones are lost
-        load_weights(agent, saved, run_dir)
+        load_weights(agent, saved, args.resume)
         for group in saved["optimizer"]["param_groups"]:
             group["capturable"] = cuda  # the run may have begun on another device
         agent.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["random"])
         if cuda and saved["cuda_random"] is not None:
             torch.cuda.set_rng_state(saved["cuda_random"], device)
-        step, updates, recent = saved["now"].values()
+        step, updates, recent = (saved["now"][key] for key in ("step", "updates", "recent"))
+    run_dir, writer = open_run(args, agent, saved)
     row, stats, began, since = start_row(envs, args.seed + step), {}, time.time(), step
     returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the episodes that go on
     try:
@@ -880,6 +879,10 @@ def make_envs(env_id, num_envs, seed, args, render=False):
     game = re.fullmatch(r"MemoryGame-(\d+)-v0", env_id)
     if game and env_id not in gym.registry:  # not before it is asked for: importing this file registers nothing
         gym.register(env_id, MemoryGame, kwargs={"cards": int(game[1])})
+    try:
+        kwargs = dict(json.loads(args.env_kwargs))
+    except (ValueError, TypeError):
+        fail(f"--env-kwargs {args.env_kwargs}: allowed: a JSON object, such as '{{\"continuous\": true}}'")
 
     def make():
         try:
@@ -889,7 +892,6 @@ def make_envs(env_id, num_envs, seed, args, render=False):
         return adapt(env, args.action_repeat)
 
     try:
-        kwargs = dict(json.loads(args.env_kwargs))
         envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
         sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
         if sizes - {(64, 64)}:
@@ -978,7 +980,7 @@ def evaluate(agent, args, episodes, video=None):
 
 
 def save(path, **state):
-    """Atomic: either the whole new file stands under its name, or still the old one, and nothing beside it."""
+    """Atomic: either the whole new file stands under its name, or still the old one; an error leaves nothing else."""
     temporary = Path(path).with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1007,9 +1009,9 @@ def inherit(args, path, saved, free):
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
-    for key in given.keys() - free:
-        if given[key] != flags[key]:
-            flag, allowed = f"--{key.replace('_', '-')} {given[key]}", ", ".join(free).replace("_", "-")
+    for key, value in given.items():
+        if key not in free and value != flags[key]:
+            flag, allowed = f"--{key.replace('_', '-')} {value}", ", ".join(free).replace("_", "-")
             fail(f"{flag}: the run at {path} has {flags[key]}; allowed to change: {allowed}")
     return Args(**{**flags, **given})
 
@@ -1019,7 +1021,7 @@ def load_weights(agent, saved, path):
     try:
         agent.load_state_dict(saved["agent"])
     except RuntimeError as error:
-        fail(f"{path}: made for other observations or actions; allowed: its own environment and version ({error})")
+        fail(f"{path}: for other observations or actions ({str(error).splitlines()[-1]}); allowed: its own environment")
 
 
 def load_agent(path, args=None):
@@ -1046,9 +1048,7 @@ def show(args):
 
 
 def open_run(args, agent, saved):
-    """Make the run folder and say what is about to run, before it takes hours. -> folder, TensorBoard (with --track
-    mirrored to Weights & Biases).
-    """
+    """Make the run folder, say what is about to run. -> folder, TensorBoard, with --track mirrored to W&B too."""
     from torch.utils.tensorboard import SummaryWriter
 
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"

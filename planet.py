@@ -710,20 +710,20 @@ def train(args: Args) -> dict:
     replay = Replay(args.buffer_size, args.num_envs, obs_space, action_space, device)
     cuda = device.type == "cuda"
     update, act = (Captured(fn, args.cuda_graph and cuda) for fn in (agent.update, agent.act))
+    step, updates, episodes, recent = 0, 0, 0, []  # episodes: that are over; recent: last 20 returns
+    if saved:  # new episodes begin: the interrupted ones stand in the replay as abandoned
+        load_weights(agent, saved, args.resume)
+        agent.optimizer.load_state_dict(saved["optimizer"])
+        replay.load(run_folder(args.resume) / "replay", saved["replay"])
+        torch.set_rng_state(saved["random"])
+        if cuda and saved["cuda_random"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_random"], device)
+        step, updates, episodes, recent = (saved["now"][x] for x in ("step", "updates", "episodes", "recent"))
     run_dir, writer = open_run(args, agent, replay, saved)
     fitting = f"{args.collect_interval} updates on {args.batch_size} x {args.batch_length} steps"
     print(f"training  {args.seed_episodes} random episodes, then {fitting} per episode")
     print(f"planning  {args.iterations} x {args.candidates:,} plans of {args.horizon} steps", flush=True)
     rows = args.batch_length + Agent.context  # in a window
-    step, updates, episodes, recent = 0, 0, 0, []  # episodes: that are over; recent: last 20 returns
-    if saved:  # new episodes begin: the interrupted ones stand in the replay as abandoned
-        load_weights(agent, saved, run_dir)
-        agent.optimizer.load_state_dict(saved["optimizer"])
-        replay.load(run_dir / "replay", saved["replay"])
-        torch.set_rng_state(saved["random"])
-        if cuda and saved["cuda_random"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_random"], device)
-        step, updates, episodes, recent = saved["now"].values()
     row, stats, began, since = start_row(envs, args.seed + step), {}, time.time(), step
     returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the episodes that go on
     try:
@@ -889,17 +889,14 @@ def pick_device(args):
 
 
 def replay_device(capacity, row_bytes, device):
-    """Where a replay lies: on a GPU if half of its free memory will do, since the other half is for the networks, else
-    in main memory. Stops where that is too small.
-    """
+    """Where a replay lies: on a GPU if half of its free memory will do, else in main memory, if that is enough."""
     size, memory = capacity * row_bytes, Path("/proc/meminfo")
     if device.type == "cuda" and size > 0.5 * torch.cuda.mem_get_info(device)[0]:
-        device = torch.device("cpu")
-    if device.type == "cpu" and memory.exists():
-        free = 1024 * int(re.search(r"MemAvailable: +(\d+)", memory.read_text())[1])
-        gib = f"{size / 2**30:.1f} GiB of memory, of which {free / 2**30:.1f} are free"
-        if size > free:
-            fail(f"--buffer-size {capacity}: takes {gib}; allowed: fewer rows")
+        device = torch.device("cpu")  # the other half of a GPU's memory is for the networks
+    found = re.search(r"MemAvailable: +(\d+)", memory.read_text()) if memory.exists() else None
+    free = 1024 * int(found[1]) if found else float("inf")  # where the system does not tell
+    if device.type == "cpu" and size > free:
+        fail(f"--buffer-size {capacity}: takes {size / 2**30:.1f} of {free / 2**30:.1f} free GiB; allowed: fewer rows")
     return device
 
 
@@ -1004,6 +1001,10 @@ def atari_envs(env_id, num_envs, args, **kwargs):
 def make_envs(env_id, num_envs, seed, args, render=False):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
     family, mode = env_id.split("/")[0], {"render_mode": "rgb_array"} if render else {}
+    try:
+        kwargs = dict(json.loads(args.env_kwargs))
+    except (ValueError, TypeError):
+        fail(f"--env-kwargs {args.env_kwargs}: allowed: a JSON object, such as '{{\"continuous\": true}}'")
 
     def make():
         if family == "dm_control":
@@ -1015,7 +1016,6 @@ def make_envs(env_id, num_envs, seed, args, render=False):
         return adapt(env, args.action_repeat)
 
     try:
-        kwargs = dict(json.loads(args.env_kwargs))
         if family == "ALE":
             envs = atari_envs(env_id, num_envs, args, **kwargs)
         else:
@@ -1115,7 +1115,7 @@ def evaluate(agent, args, episodes, video=None):
 
 
 def save(path, **state):
-    """Atomic: either the whole new file stands under its name, or still the old one, and nothing beside it."""
+    """Atomic: either the whole new file stands under its name, or still the old one; an error leaves nothing else."""
     temporary = Path(path).with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1125,6 +1125,11 @@ def save(path, **state):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def run_folder(path):
+    """Of a run folder or a checkpoint in it."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
 def load(path, need=()):
@@ -1144,9 +1149,9 @@ def inherit(args, path, saved, free):
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
-    for key in given.keys() - free:
-        if given[key] != flags[key]:
-            flag, allowed = f"--{key.replace('_', '-')} {given[key]}", ", ".join(free).replace("_", "-")
+    for key, value in given.items():
+        if key not in free and value != flags[key]:
+            flag, allowed = f"--{key.replace('_', '-')} {value}", ", ".join(free).replace("_", "-")
             fail(f"{flag}: the run at {path} has {flags[key]}; allowed to change: {allowed}")
     return Args(**{**flags, **given})
 
@@ -1156,7 +1161,7 @@ def load_weights(agent, saved, path):
     try:
         agent.load_state_dict(saved["agent"])
     except RuntimeError as error:
-        fail(f"{path}: made for other observations or actions; allowed: its own environment and version ({error})")
+        fail(f"{path}: for other observations or actions ({str(error).splitlines()[-1]}); allowed: its own environment")
 
 
 def load_agent(path, args=None):
@@ -1172,9 +1177,8 @@ def load_agent(path, args=None):
 
 def show(args):
     """--eval or --dream: print the returns, leave a GIF beside the checkpoint."""
-    path = Path(args.eval or args.dream)
-    folder = path if path.is_dir() else path.parent
-    agent, args = load_agent(path, args)
+    folder = run_folder(args.eval or args.dream)
+    agent, args = load_agent(args.eval or args.dream, args)
     if args.dream:
         save_gif(folder / "dream.gif", dream(agent, args))
         return {"run_dir": str(folder)}
@@ -1186,15 +1190,11 @@ def show(args):
 
 
 def open_run(args, agent, replay, saved):
-    """Make the run folder and say what is about to run, before it takes hours. -> folder, TensorBoard (with --track
-    mirrored to Weights & Biases).
-    """
+    """Make the run folder, say what is about to run. -> folder, TensorBoard, with --track mirrored to W&B too."""
     from torch.utils.tensorboard import SummaryWriter
 
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_root) / name
-    if saved:
-        run_dir = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+    run_dir = run_folder(args.resume) if saved else Path(args.run_root) / name
     try:
         run_dir.mkdir(parents=True, exist_ok=bool(saved))
     except OSError as error:

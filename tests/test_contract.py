@@ -457,8 +457,13 @@ def test_resume_is_exact(module, tmp_path, made, monkeypatch, env_id, where):
         ends.append(final(module, made, result))
     assert same(saves[0], restores[0]) and same(restores[0], restores[1])
     assert ends[0]["saved"]["now"]["step"] >= 160 and same(*ends)
-    before, after = saved["now"]["updates"], ends[0]["saved"]["now"]["updates"]
-    assert 0 < after - before < 2 * before + 20  # counters go on
+    now, later = saved["now"], ends[0]["saved"]["now"]
+    whole = module.train(module.Args(resume=str(run), total_timesteps=now["step"], device="cpu"))  # has ended already
+    assert (whole["global_step"], whole["updates"]) == (now["step"], now["updates"])
+    assert whole["episodic_return"] == np.mean(now["recent"])
+    ended = int(made["Replay"][-2].data["is_last"][made["Replay"][-1].rows : made["Replay"][-2].rows].sum())
+    assert later.get("first_step") == now.get("first_step")
+    assert "episodes" not in now or 0 <= later["episodes"] - now["episodes"] - ended <= 3  # 3: with the last row
 
 
 def test_resume_begins_new_episodes(module, tmp_path, made, monkeypatch):
@@ -494,7 +499,8 @@ def test_bad_input(module, tmp_path, capsys):
     cases += [(dict(device="gpu"), "--device gpu"), (dict(learning_starts=0), "--learning-starts 0")]
     cases += [(dict(warmup=0), "--warmup 0"), (dict(bins=4), "--bins 4"), (dict(batch_length=1), "--batch-length 1")]
     cases += [(dict(num_envs=3, buffer_size=44, learning_starts=20), "--buffer-size 44")]  # 14 rows each: 18 windows
-    cases += [(dict(env_id="CartPole-v1", env_kwargs="{size: 3}"), "--env-kwargs {size: 3}")]
+    for text in "{size: 3}", "[1]", "3":
+        cases += [(dict(env_id="CartPole-v1", env_kwargs=text), f"--env-kwargs {text}: allowed: a JSON object")]
     cases += [(dict(env_id="CartPole-v1", buffer_size=7), "--buffer-size 7")]  # would never train
     if not torch.cuda.is_available():
         cases += [(dict(env_id="CartPole-v1", device="cuda"), "--device cuda")]

@@ -39,7 +39,7 @@ def refused(module, capsys, *texts, **flags):
     with pytest.raises(SystemExit) as stop:
         module.train(module.Args(**{"device": "cpu", **flags}))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and len(error) < 500, error
     assert all(text in error for text in texts), error
 
 
@@ -65,6 +65,12 @@ def test_replay_larger_than_memory(module, tmp_path, capsys):
     flags = dict(env_id="ALE/Pong-v5", size="debug", buffer_size=10**12, run_root=str(tmp_path))
     refused(module, capsys, "--buffer-size 1000000000000", "GiB", **flags)
     assert not list(tmp_path.iterdir())
+
+
+def test_memory_of_the_system(module, monkeypatch):
+    """Where the system does not tell what is free nothing is refused."""
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda self: "MemTotal: 3 kB")
+    assert module.replay_device(10**12, 10**6, torch.device("cpu")) == torch.device("cpu")
 
 
 def test_run_folder(module, tmp_path, capsys, monkeypatch):
@@ -93,9 +99,11 @@ def test_no_renderer(module, tmp_path, capsys):
 
 
 def test_other_checkpoints(module, run, capsys):
-    """Truncated, of other shapes, of another version of the file, with a truncated or a missing part of the replay."""
+    """Truncated, of other shapes, of another version of the file, with a truncated or a missing part of the replay: the
+    run folder stays as it was.
+    """
     path, state = run / "checkpoint.pt", module.load(run)
-    whole = path.read_bytes()
+    whole, names = path.read_bytes(), sorted(run.iterdir())
     for flag in "resume", "eval", "dream":
         path.write_bytes(whole[: len(whole) // 2])
         refused(module, capsys, str(path), **{flag: str(run)})
@@ -103,18 +111,20 @@ def test_other_checkpoints(module, run, capsys):
         refused(module, capsys, str(run), "other observations", **{flag: str(run)})
         module.save(path, **{**state, "args": {**state["args"], "learning_rate_of_old": 1}})
         refused(module, capsys, str(run), "another version", **{flag: str(run)})
+    assert sorted(run.iterdir()) == names
     path.write_bytes(whole)
     refused(module, capsys, "--eps 0.5", eval=str(run), eps=0.5)
     refused(module, capsys, "--eval-episodes 0", eval=str(run), eval_episodes=0)
     shutil.copy(path, run / "older.pt")
     module.train(module.Args(resume=str(run), total_timesteps=130, device="cpu"))
-    files = sorted((run / "replay").iterdir())
+    files, names = sorted((run / "replay").iterdir()), sorted(run.iterdir())
     module.load_agent(run / "older.pt")
     assert sorted((run / "replay").iterdir()) == files  # what the newer checkpoint needs is still there
     for harm in (lambda file: file.write_bytes(file.read_bytes()[:100])), pathlib.Path.unlink:
         file = next((run / "replay").glob("rows*"))
         harm(file)
         refused(module, capsys, str(file), resume=str(run), total_timesteps=200)
+    assert sorted(run.iterdir()) == names
 
 
 # --- faults in a run --------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch==2.13.0", "numpy", "gymnasium>=1.3", "ale-py", "dm_control", "mujoco>=3.17,<4", "tyro", "tensorboard",
+#   "torch==2.13.0", "numpy", "gymnasium>=1.3", "ale-py", "shimmy[dm-control]", "mujoco>=3.17,<4", "tensorboard", "tyro"
 # ]
 # ///
 """DreamerV3: learn a model of the world, then learn to act inside it, with one set of hyperparameters for every domain.
@@ -17,13 +17,6 @@ is an equation of the arXiv text, "Table" its hyperparameter table, "code" the a
     python dreamerv3.py --eval runs/.../checkpoint.pt     play 10 episodes, print the returns, save eval.gif
     python dreamerv3.py --dream runs/.../checkpoint.pt    the policy rolled out in imagination only, save dream.gif
 
-From Python:
-    import dreamerv3
-    args = dreamerv3.Args(env_id="CartPole-v1", size="debug", device="cpu")
-    result = dreamerv3.train(args)
-    agent, args = dreamerv3.load_agent(result["run_dir"])
-    print(dreamerv3.evaluate(agent, args, episodes=10))
-
 Symbols in shapes: B sequences of a batch, T steps trained on, H imagination horizon, N = B*T start states (in acting:
 the environments), A action size, E embedding, D deterministic state, S latent variables, K classes of each, Z = S*K,
 F = D + Z features, U hidden units, G blocks of the recurrent layer, V bins of the two-hot distributions.
@@ -33,7 +26,7 @@ after seeing obs_t. The model at row t thus sees obs[t] and action[t-1]; at is_f
 
 Differs from the paper, on purpose:
 - Size 12m and train ratio 512 by default, where Table has 200m and 128 for Atari100k: one affordable GPU.
-- Stored latents are bfloat16 and class numbers, 4.1 kB a row at 12m instead of 10; the recurrent state stays float32.
+- Stored latents are bfloat16 and bytes, 4.6 kB a row at 12m instead of 10; the recurrent state stays float32.
 - Reset rows are not counted as steps by the train ratio; the code counts them.
 - Fresh latents are written back, and weights used for acting, at once; in the code one update or policy call later.
 - Discrete observations become one-hot vectors like any other: symlog and squared error, where the code takes a softmax.
@@ -45,8 +38,6 @@ Differs from the paper, on purpose:
 
 import copy
 import ctypes
-import importlib.util
-import io
 import json
 import os
 import platform
@@ -54,6 +45,8 @@ import random
 import re
 import sys
 import time
+import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -66,6 +59,7 @@ import torch.nn.functional as F
 import tyro
 from gymnasium import spaces
 from torch import nn
+from torch.distributions import Normal
 
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # goes into every checkpoint: the code that really ran
 
@@ -77,7 +71,7 @@ class Args:
     num_envs: int = 1  # environments stepped together; Table: 1 for Atari100k, 16 elsewhere
     action_repeat: int | None = None  # frames per policy step; Atari 4, dm_control 2, else 1
     atari_protocol: Literal["100k", "200m"] = "100k"  # 64x64 RGB, minimal actions | 96x96 gray, all 18, sticky 0.25
-    obs: Literal["vector", "image", "both"] = "vector"  # dm_control only: state vectors, 64x64 camera, or both
+    obs: Literal["vector", "image", "both"] = "vector"  # what the environment gives, its camera, or both; not Atari
     seed: int = 1  # of weights, sampling and environments
     size: Literal["debug", "1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "12m"  # parameters; Table: 200m
     total_timesteps: int | None = None  # policy steps of all environments together; 400_000 (debug: 400)
@@ -119,41 +113,36 @@ class Args:
     cuda_graph: bool = True  # replay the step of acting, and the whole update, as CUDA graphs on a GPU
     exp_name: str = Path(__file__).stem  # names the run
     run_root: str = "runs"  # folder of the run folders
-    resume: str | None = None  # run folder or checkpoint to go on from
+    resume: str | None = None  # run folder to go on from
     eval: str | None = None  # run folder or checkpoint to evaluate
     eval_episodes: int = 10  # episodes of --eval
     dream: str | None = None  # run folder or checkpoint to roll out in imagination, as dream.gif
     track: bool = False  # mirror TensorBoard to Weights & Biases (pip install wandb; WANDB_PROJECT, WANDB_ENTITY)
 
 
-# fmt: off
 DEBUG = dict(total_timesteps=400, batch_size=4, batch_length=8, train_ratio=4.0, learning_starts=64)
 DEBUG |= dict(checkpoint_every=200)
 RUN = dict(total_timesteps=400_000, batch_size=16, batch_length=64, train_ratio=512.0, learning_starts=1024)
 RUN |= dict(checkpoint_every=10_000)
 SIZES = {  # Table: all widths follow from one number
-    "debug": dict(hidden=32,    units=32,    deter=256,    depth=2,  classes=2, **DEBUG),
-    "1m":    dict(hidden=64,    units=64,    deter=512,    depth=4,  classes=4, **RUN),
-    "12m":   dict(hidden=256,   units=256,   deter=2_048,  depth=16, classes=16, **RUN),
-    "25m":   dict(hidden=384,   units=384,   deter=3_072,  depth=24, classes=24, **RUN),
-    "50m":   dict(hidden=512,   units=512,   deter=4_096,  depth=32, classes=32, **RUN),
-    "100m":  dict(hidden=768,   units=768,   deter=6_144,  depth=48, classes=48, **RUN),
-    "200m":  dict(hidden=1_024, units=1_024, deter=8_192,  depth=64, classes=64, **RUN),
-    "400m":  dict(hidden=1_536, units=1_536, deter=12_288, depth=96, classes=96, **RUN),
+    "debug": dict(hidden=32, units=32, deter=256, depth=2, classes=2, **DEBUG),
+    "1m": dict(hidden=64, units=64, deter=512, depth=4, classes=4, **RUN),
+    "12m": dict(hidden=256, units=256, deter=2_048, depth=16, classes=16, **RUN),
+    "25m": dict(hidden=384, units=384, deter=3_072, depth=24, classes=24, **RUN),
+    "50m": dict(hidden=512, units=512, deter=4_096, depth=32, classes=32, **RUN),
+    "100m": dict(hidden=768, units=768, deter=6_144, depth=48, classes=48, **RUN),
+    "200m": dict(hidden=1_024, units=1_024, deter=8_192, depth=64, classes=64, **RUN),
+    "400m": dict(hidden=1_536, units=1_536, deter=12_288, depth=96, classes=96, **RUN),
 }
 ATARI = {  # settings of ALE by --atari-protocol
     "100k": dict(img_height=64, img_width=64, grayscale=False, full_action_space=False, repeat_action_probability=0.0),
     "200m": dict(img_height=96, img_width=96, grayscale=True, full_action_space=True, repeat_action_probability=0.25),
 }
-# fmt: on
 SIDES = range(48, 257, 16)  # of images: four halvings, and a smallest image that is not too small
 
 
 def resolve(args: Args) -> Args:
-    """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
-
-    Stops with exit code 2 where flags are impossible or contradict each other.
-    """
+    """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins."""
     family = args.env_id.split("/")[0]
     preset = {**SIZES[args.size], "action_repeat": {"ALE": 4, "dm_control": 2}.get(family, 1)}
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
@@ -164,24 +153,21 @@ def resolve(args: Args) -> Args:
     for name, least in {**dict.fromkeys(positive, 0), "batch_length": 1, "bins": 2}.items():
         if getattr(args, name) <= least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than {least}")
-    if args.bins % 2 == 0 or args.deter % args.blocks:
-        fail(f"--bins {args.bins} must be odd; --blocks {args.blocks} must divide --deter {args.deter}")
+    if args.bins % 2 == 0 or args.depth % 2 or args.deter % 8 or args.deter % args.blocks:
+        sizes = f"--bins {args.bins} --depth {args.depth} --deter {args.deter}"
+        fail(f"{sizes}: allowed: odd, even, a multiple of 8 and of --blocks {args.blocks}")
     needed = args.num_envs * (-(-args.learning_starts // args.num_envs) + args.batch_length)  # rows at the first update
     if args.buffer_size // args.num_envs * args.num_envs < min(needed, args.total_timesteps):
         fail(f"--buffer-size {args.buffer_size}: training starts with {needed:,} rows; allowed: that many or more")
-    for name, only in ("obs", "dm_control"), ("atari_protocol", "ALE"):
-        if getattr(args, name) != getattr(Args, name) and family != only:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: with --env-id {only}/... only")
-    if args.track and not importlib.util.find_spec("wandb"):
-        fail("--track: Weights & Biases is missing; allowed after: pip install wandb")
+    if args.atari_protocol != Args.atari_protocol and family != "ALE":
+        fail(f"--atari-protocol {args.atari_protocol}: allowed: with --env-id ALE/... only")
     return args
 
 
 # === Part 1: the algorithm ============================================================================================
 
+
 # --- networks ---------------------------------------------------------------------------------------------------------
-
-
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + 1e-4) * scale over one axis: no mean, no offset, in float32."""
 
@@ -222,18 +208,14 @@ def mlp(inputs, units, layers):
 
 def init_weights(module, outscale=1.0):
     """Normal of deviation outscale / sqrt(fan in), truncated at 2 sigma (1.1368 makes up for the truncation); biases 0.
-
     A BlockLinear counts its full input width as fan in, as the code does: its weights are sqrt(G) smaller than usual.
     """
     if not isinstance(module, nn.Linear | nn.Conv2d | BlockLinear):
         return
     weight = module.weight
     fan_in = weight[..., 0].numel() if isinstance(module, BlockLinear) else weight[0].numel()
-    sigma = 1.1368 * outscale / fan_in**0.5
+    nn.init.trunc_normal_(weight, a=-2, b=2).data.mul_(1.1368 * outscale / fan_in**0.5)
     nn.init.zeros_(module.bias)
-    nn.init.zeros_(weight)
-    if sigma:
-        nn.init.trunc_normal_(weight, std=sigma, a=-2 * sigma, b=2 * sigma)
 
 
 def is_image(space):
@@ -286,9 +268,8 @@ class Encoder(nn.Module):
 
 def upsample_conv(x, conv):
     """conv(nearest-neighbour upsampling of x): (B, C, h, w) -> (B, O, 2h, 2w), for a 5x5 kernel with padding 2.
-
-    Among 5 neighbours are copies of the same 3 pixels, and which ones depends on whether the output row is even or odd.
-    So each of the 2x2 phases is a 3x3 convolution of the small image, with sums of taps as weights: 9 products, not 25.
+    5 neighbours are copies of 3 pixels; of which, depends on whether the output's row is even or odd. So each of the
+    2x2 phases is a 3x3 convolution of the small image, with sums of taps as weights: 9 products, not 25.
     """
 
     def fold(w):
@@ -305,8 +286,6 @@ def upsample_conv(x, conv):
 class Decoder(nn.Module):
     """Features -> predicted observations: vectors as symlog, images in 0 to 1."""
 
-    blocks = 8  # of the layer from h to the smallest image; a number of its own in the code, whatever --blocks is
-
     def __init__(self, obs_space, args):
         super().__init__()
         self.shapes = {key: space.shape for key, space in obs_space.items()}
@@ -321,8 +300,7 @@ class Decoder(nn.Module):
             depths = [m * args.depth for m in (4, 4, 3, 2)] + [sum(self.shapes[key][-1] for key in self.images)]
             self.low = height // 16, width // 16, depths[0]  # rows, columns, channels of the smallest image
             pixels = int(np.prod(self.low))
-            if args.deter % self.blocks or depths[0] % self.blocks:
-                fail(f"--deter {args.deter} --depth {args.depth}: allowed with images: multiples of 8, of 2")
+            self.blocks = 8  # of the layer from h to the smallest image, whatever --blocks is; so in the code
             self.from_deter = BlockLinear(args.deter, pixels, self.blocks)
             self.from_stoch = nn.Sequential(*mlp(self.split[1], 2 * args.units, 1), nn.Linear(2 * args.units, pixels))
             self.convs = nn.ModuleList(nn.Conv2d(a, b, 5, padding=2) for a, b in zip(depths, depths[1:], strict=False))
@@ -357,7 +335,6 @@ def symexp_bins(count):
 
 def twohot(x, bins):
     """Eq. 11: the two bins around x, and weights linear in the raw (not symlog) distance, so that their mean is x.
-
     x: any shape; bins: (V,) -> index, weight, each x.shape + (2,). Beyond the last bin all weight lies on the last bin.
     """
     x = x.float().contiguous()
@@ -368,7 +345,6 @@ def twohot(x, bins):
 
 def twohot_loss(logits, bins, *targets):
     """Eq. 11: cross-entropy of softmax(logits) with twohot(x), summed over the targets x.
-
     logits: (..., V); targets: (...) each -> (...). Two gathered logits are cheaper than a dense (..., V) target.
     """
     logp = logits.float().log_softmax(-1)
@@ -377,10 +353,8 @@ def twohot_loss(logits, bins, *targets):
 
 
 def twohot_mean(logits, bins):
-    """Eq. 10: softmax(logits) . bins. logits: (..., V) -> (...).
-
-    Bins reach 4.85e8, so that a plain sum over uniform probabilities gives noise of +-40. The difference of mirrored
-    probabilities first, and it gives exactly 0, whatever the order of summation.
+    """Eq. 10: softmax(logits) . bins. logits: (..., V) -> (...). Bins reach 4.85e8, so that a plain sum over uniform
+    probabilities gives noise of +-40; the difference of mirrored probabilities first, and it gives exactly 0.
     """
     half = len(bins) // 2
     probs = logits.float().softmax(-1)
@@ -392,30 +366,21 @@ class Head(nn.Module):
 
     def __init__(self, inputs, units, layers, outputs, outscale):
         super().__init__()
-        self.mlp = mlp(inputs, units, layers).apply(init_weights)
-        self.out = nn.Linear(units, outputs)
+        self.mlp, self.out = mlp(inputs, units, layers).apply(init_weights), nn.Linear(units, outputs)
         init_weights(self.out, outscale)
 
     def forward(self, feat):
         return self.out(self.mlp(feat)).float()
 
 
-def mixed_softmax(logits, mix):
-    """(1 - mix) softmax(logits) + mix / K: no probability reaches 0, so no KL or log-probability explodes.
-
-    Section "World model learning". logits: (..., K) -> probabilities (..., K), float32.
-    """
-    return (1 - mix) * logits.float().softmax(-1) + mix / logits.shape[-1]
-
-
 def unimix(logits, mix):
-    """ln mixed_softmax(logits, mix). logits: (..., K) -> log-probabilities (..., K), float32."""
-    return mixed_softmax(logits, mix).log() if mix else logits.float().log_softmax(-1)
+    """ln((1 - mix) softmax(logits) + mix / K), float32: no KL or log-probability explodes. (..., K) -> (..., K)."""
+    logp = logits.float().log_softmax(-1)
+    return ((1 - mix) * logp.exp() + mix / logits.shape[-1]).log() if mix else logp
 
 
 def sample_onehot(probs, noise=None):
     """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
-
     probs: (..., K) probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
     """
     noise = torch.rand_like(probs).log_().neg_() if noise is None else noise
@@ -436,73 +401,35 @@ class Actor(Head):
             init_weights(self.std_out, 0.01)
 
     def dist(self, feat):
-        """(..., F) -> discrete: (log-probabilities,); Box: (mean, std between 0.1 and 1). Each (..., A)."""
+        """(..., F) -> discrete: log-probabilities (..., A); Box: a normal, mean within +-1, deviation 0.1 to 1."""
         x = self.mlp(feat)
         if self.discrete:
-            return (unimix(self.out(x), self.mix),)
-        return self.out(x).float().tanh(), 0.9 * (self.std_out(x).float() + 2).sigmoid() + 0.1
+            return unimix(self.out(x), self.mix)
+        std = 0.9 * (self.std_out(x).float() + 2).sigmoid() + 0.1
+        return Normal(self.out(x).float().tanh(), std, validate_args=False)  # a check would wait for the device
 
     def sample(self, feat):
         """-> action (..., A). A Box sample may exceed +-1: environment and model clip it, its log-density does not."""
-        if self.discrete:
-            return sample_onehot(self.dist(feat)[0].exp())
-        mean, std = self.dist(feat)
-        return mean + std * torch.randn_like(mean)  # torch.normal would wait for the device to check std
+        return sample_onehot(self.dist(feat).exp()) if self.discrete else self.dist(feat).rsample()
 
     def mode(self, feat):
         """-> the most likely action (..., A)."""
-        mean = self.dist(feat)[0]
-        return torch.zeros_like(mean).scatter_(-1, mean.argmax(-1, keepdim=True), 1.0) if self.discrete else mean
+        dist = self.dist(feat)
+        return torch.zeros_like(dist).scatter_(-1, dist.argmax(-1, True), 1.0) if self.discrete else dist.mean
 
     def log_prob(self, dist, action):
         """dist: what dist has returned; action: (..., A) -> (...), in nats."""
-        if self.discrete:
-            return (dist[0] * action).sum(-1)
-        mean, std = dist
-        return (-0.5 * ((action - mean) / std) ** 2 - std.log() - 0.5 * np.log(2 * np.pi)).sum(-1)
+        return (dist * action if self.discrete else dist.log_prob(action)).sum(-1)
 
     def entropy(self, dist):
         """-> (...), in nats."""
-        if self.discrete:
-            return -(dist[0] * dist[0].exp()).sum(-1)
-        return (dist[1].log() + 0.5 * np.log(2 * np.pi * np.e)).sum(-1)
+        return (-dist * dist.exp() if self.discrete else dist.entropy()).sum(-1)
 
 
 # --- world model ------------------------------------------------------------------------------------------------------
-
-
 def straight_through(onehot, probs):
     """The value of the sample with the gradient of the probabilities (Bengio et al. 2013). Both (..., K)."""
     return onehot + (probs - probs.detach())  # with other parentheses the sum is off one-hot by rounding
-
-
-def stack_steps(steps):
-    """T tuples of tensors (B, ...) -> one tuple of tensors (B, T, ...)."""
-    return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
-
-
-class ThroughTime(torch.autograd.Function):
-    """Backpropagation through time, but for the weights: these get their gradients for all steps at once.
-
-    Forward hands on the states of the loop. Backward adds to the gradient of each what later steps pass back, and gives
-    the sums to the same states as computed again, all T at once from the known ones before them: there a layer is one
-    product in each direction, where the loop would have T small ones and T additions.
-    """
-
-    @staticmethod
-    def forward(ctx, steps, deter, stoch, logits, *again):
-        """steps: T x (states before the step, states after it), each step a graph of its own; others: (B, T, ...)."""
-        ctx.steps = steps
-        return deter, stoch, logits
-
-    @staticmethod
-    def backward(ctx, deter, stoch, logits):
-        totals, passed = [], (0, 0)
-        for t in reversed(range(len(ctx.steps))):
-            before, after = ctx.steps[t]
-            totals.append((deter[:, t] + passed[0], stoch[:, t] + passed[1], logits[:, t]))
-            passed = torch.autograd.grad(after, before, totals[-1], retain_graph=True)
-        return None, None, None, None, *stack_steps(totals[::-1])
 
 
 class RSSM(nn.Module):
@@ -516,7 +443,7 @@ class RSSM(nn.Module):
         self.core_hidden, self.core_norm = BlockLinear(D + G * 3 * U, D, G), RMSNorm(D)
         self.core_gates = BlockLinear(D, 3 * D, G)
         self.post_in, self.post_norm, self.post_out = nn.Linear(D + embed_size, U), RMSNorm(U), nn.Linear(U, Z)
-        self.prior_net = nn.Sequential(*mlp(D, U, 2), nn.Linear(U, Z))
+        self.prior = nn.Sequential(*mlp(D, U, 2), nn.Linear(U, Z), nn.Unflatten(-1, (args.stoch, args.classes)))
         self.apply(init_weights)
 
     def initial(self, B):
@@ -526,7 +453,6 @@ class RSSM(nn.Module):
 
     def core(self, deter, stoch, action_hidden, weight):
         """h' = f(h, z, a), a GRU with block-diagonal matrices: (N, D), (N, S, K), (N, U) -> (N, D).
-
         weight: of core_hidden, cast. Each block sees its own slice of h, and all of the shared input.
         """
         (G, _, size), h = weight.shape, deter.to(weight.dtype)
@@ -540,64 +466,39 @@ class RSSM(nn.Module):
         own = deter.view(-1, G, size).transpose(0, 1)  # (G, N, D/G)
         return torch.lerp(own, cand, (update - 1).sigmoid()).transpose(0, 1).flatten(1)  # -1: at first h is mostly kept
 
-    def step(self, deter, stoch, keep, action_hidden, embed_hidden, noise, core_weight, post_weight):
-        """One step of the filter: h' = f(h, z, a), z' ~ q(h', x). deter: (N, D); stoch: (N, S, K); keep: (N, 1), 0
-        where an episode begins; action_hidden, embed_hidden: (N, U); noise: (N, S, K) ~ Exp(1); weights: see observe.
-
-        -> h' (N, D), z' (N, S, K), its logits (N, S, K).
-        """
-        deter = self.core(deter * keep, stoch * keep[..., None], action_hidden, core_weight)
-        x = F.silu(self.post_norm(F.linear(deter, post_weight) + embed_hidden))
-        logits = self.post_out(x).view(noise.shape)
-        return deter, self.draw(logits, noise), logits
-
     def draw(self, logits, noise):
         """z ~ softmax of the logits, mixed, with the gradient of its probabilities. Both (N, S, K); noise ~ Exp(1)."""
-        probs = mixed_softmax(logits, self.args.unimix)
+        probs = unimix(logits, self.args.unimix).exp()
         return straight_through(sample_onehot(probs, noise), probs)
-
-    def prior(self, deter):
-        """Logits of p(z | h): (..., D) -> (..., S, K)."""
-        return self.prior_net(deter).unflatten(-1, (self.args.stoch, self.args.classes))
-
-    def clip(self, action):
-        """a / max(1, |a|): clipped to [-1, 1], with a divisor that carries no gradient."""
-        return action / action.abs().clamp(min=1).detach()
 
     def feat(self, state):
         """[h, z]: (..., D), (..., S, K) -> (..., F)."""
         return torch.cat([state["deter"], state["stoch"].flatten(-2)], -1)
 
     def observe(self, embed, action, is_first, state, noise=None):
-        """Filter T observations. embed: (B, T, E); action: (B, T, A), the one that led to each step; is_first: (B, T);
-        state: of the step before; noise: (B, T, S, K) ~ Exp(1), drawn if None.
-
-        -> {"deter": (B, T, D), "stoch": (B, T, S, K), "logits": (B, T, S, K)} of the posterior. Only what depends on h
-        is in the loop: the action layer and the embedding's part of the posterior layer are computed for all T at once.
-        With gradients the steps are computed once more, for all T at once, see ThroughTime.
+        """Filter T observations; what does not depend on h is computed for all T at once. embed: (B, T, E); action:
+        (B, T, A), the one that led to each step; is_first: (B, T); state: of the step before; noise: (B, T, S, K)
+        ~ Exp(1), drawn if None. -> posterior, {"deter": (B, T, D), "stoch": (B, T, S, K), "logits": (B, T, S, K)}.
         """
         (B, T), S, K = is_first.shape, self.args.stoch, self.args.classes
-        keep = 1 - is_first.float()[..., None]  # (B, T, 1)
-        action_hidden = self.action_in(self.clip(action * keep))  # (B, T, U)
+        keep = 1 - is_first.float()[..., None]  # (B, T, 1), 0 where an episode begins
+        action_hidden = self.action_in((action * keep).clamp(-1, 1))  # (B, T, U)
         post_weight, embed_weight = cast(self.post_in.weight).split([self.args.deter, embed.shape[-1]], 1)
         embed_hidden = F.linear(embed, embed_weight, self.post_in.bias)  # (B, T, U)
         noise = torch.rand(B, T, S, K, device=embed.device).log_().neg_() if noise is None else noise
-        inputs, weights = (keep, action_hidden, embed_hidden, noise), (cast(self.core_hidden.weight), post_weight)
-        after, steps = (state["deter"], state["stoch"]), []
+        core_weight, deter, stoch, steps = cast(self.core_hidden.weight), state["deter"], state["stoch"], []
         for t in range(T):
-            before = [x.detach().requires_grad_(torch.is_grad_enabled()) for x in after[:2]]
-            after = self.step(*before, *(x[:, t].detach() for x in inputs), *(x.detach() for x in weights))
-            steps.append((before, after))
-        before, after = (stack_steps(x) for x in zip(*steps, strict=True))
-        if torch.is_grad_enabled():
-            flat = (x.flatten(0, 1) for x in (*(x.detach() for x in before), *inputs))
-            again = (x.unflatten(0, (B, T)) for x in self.step(*flat, *weights))
-            after = ThroughTime.apply(steps, *(x.detach() for x in after), *again)
-        return dict(zip(("deter", "stoch", "logits"), after, strict=True))
+            deter, stoch = deter * keep[:, t], stoch * keep[:, t, :, None]
+            deter = self.core(deter, stoch, action_hidden[:, t], core_weight)  # (B, D)
+            x = F.silu(self.post_norm(F.linear(deter, post_weight) + embed_hidden[:, t]))  # (B, U)
+            logits = self.post_out(x).view(B, S, K)
+            stoch = self.draw(logits, noise[:, t])  # (B, S, K)
+            steps.append((deter, stoch, logits))
+        deter, stoch, logits = (torch.stack(x, 1) for x in zip(*steps, strict=True))
+        return {"deter": deter, "stoch": stoch, "logits": logits}
 
     def imagine(self, state, policy, horizon):
         """Roll the prior forward. state: N start states; policy: features (N, F) -> action (N, A).
-
         -> features (N, H+1, F) beginning with the start, and the H actions (N, H, A).
         """
         deter, stoch, feats, actions = state["deter"], state["stoch"], [self.feat(state)], []
@@ -605,22 +506,18 @@ class RSSM(nn.Module):
         weight = cast(self.core_hidden.weight)
         for t in range(horizon):
             actions.append(policy(feats[-1]))
-            deter = self.core(deter, stoch, self.action_in(self.clip(actions[-1])), weight)
+            deter = self.core(deter, stoch, self.action_in(actions[-1].clamp(-1, 1)), weight)
             stoch = self.draw(self.prior(deter), noise[t])
             feats.append(self.feat({"deter": deter, "stoch": stoch}))
         return torch.stack(feats, 1), torch.stack(actions, 1)
 
 
 # --- optimiser --------------------------------------------------------------------------------------------------------
-
-
 class LaProp:
     """Adaptive gradient clipping, then division by the RMS, then momentum. For each tensor p with gradient g:
-
     g <- g / max(1, |g| / (agc max(1e-3, |p|)))              norms over the whole tensor
     v <- beta2 v + (1 - beta2) g^2,  u = g / (sqrt(v / (1 - beta2^t)) + eps)
     m <- beta1 m + (1 - beta1) u,    p <- p - lr min(1, (t - 1) / warmup) m / (1 - beta1^t)
-
     The first update changes nothing. Counters live on the device, where a CUDA graph can advance them.
     """
 
@@ -628,6 +525,7 @@ class LaProp:
         self.params, self.args = params, args
         self.mean_square, self.momentum = ([torch.zeros_like(p) for p in params] for _ in range(2))
         self.count = torch.zeros((), dtype=torch.float64, device=params[0].device)  # t
+        self.state = [*self.mean_square, *self.momentum, self.count]  # what a checkpoint holds
 
     @torch.no_grad()
     def step(self, grads):
@@ -646,28 +544,16 @@ class LaProp:
         torch._foreach_sub_(self.params, torch._foreach_mul(self.momentum, rate.float()))
         return norms.square().sum().sqrt()
 
-    def state_dict(self):
-        return {"mean_square": self.mean_square, "momentum": self.momentum, "count": self.count}
-
-    def load_state_dict(self, state):
-        for key in ("mean_square", "momentum"):
-            torch._foreach_copy_(getattr(self, key), state[key])
-        self.count.copy_(state["count"])
-
 
 # --- agent ------------------------------------------------------------------------------------------------------------
-
-
 def kl_categorical(logp, logq):
     """KL(p || q) in nats of S independent categoricals. Log-probabilities (..., S, K) -> (...)."""
     return (logp.exp() * (logp - logq)).sum((-2, -1))
 
 
 def kl_loss(post, prior, free_nats):
-    """Eq. 3: (dynamics, representation) loss, one KL with either side stopped and never pushed below free_nats.
-
-    post, prior: log-probabilities (..., S, K) -> two of (...). The maximum is taken per step, after the sum over
-    latents and before any mean: below it a step gives no gradient at all.
+    """Eq. 3: (dynamics, representation) loss, one KL with either side stopped and never pushed below free_nats: the
+    maximum is taken per step, below it a step gives no gradient. post, prior: ln p (..., S, K) -> two of (...).
     """
     dyn = kl_categorical(post.detach(), prior).clamp(min=free_nats)
     rep = kl_categorical(post, prior.detach()).clamp(min=free_nats)
@@ -676,7 +562,6 @@ def kl_loss(post, prior, free_nats):
 
 def lambda_return(reward, value, disc, lam):
     """Eq. 5: R_t = r_{t+1} + disc_{t+1} ((1 - lam_{t+1}) v_{t+1} + lam_{t+1} R_{t+1}), with R_T = v_T.
-
     reward, value, disc: (..., T+1), index t is what belongs to state t; lam: a number or (..., T+1) -> (..., T).
     """
     step, decay = reward + disc * (1 - lam) * value, disc * lam
@@ -686,16 +571,8 @@ def lambda_return(reward, value, disc, lam):
     return torch.stack(returns[:0:-1], -1)
 
 
-def percentile(x, q):
-    """Eq. 7: the q-quantile (0 to 1) of all entries, linearly interpolated; sorting needs no host sync. -> ()."""
-    x, position = x.flatten().sort().values, q * (x.numel() - 1)
-    low = int(position)
-    return torch.lerp(x[low], x[min(low + 1, len(x) - 1)], position - low)
-
-
 def actor_loss(logp, entropy, returns, value, weight, scale, entropy_scale):
     """Eq. 6, REINFORCE for all actions: -w_t (ln pi(a_t|s_t) sg((R_t - v_t) / scale) + eta H_t), scale = max(1, S).
-
     logp, entropy, returns, value, weight: (N, H) -> (N, H). Gradients flow through logp and entropy only.
     """
     advantage = ((returns - value) / scale).detach()
@@ -703,20 +580,12 @@ def actor_loss(logp, entropy, returns, value, weight, scale, entropy_scale):
 
 
 def critic_loss(logits, bins, returns, slow_value, weight):
-    """Eq. 5 with slow regulariser: w_t (CE(v_t, sg R_t) + CE(v_t, sg slow value)), where both targets are scalars.
-
-    logits: (..., V); returns, slow_value, weight: (...) -> (...).
-    """
+    """Eq. 5, slow regulariser: w_t (CE(v_t, sg R_t) + CE(v_t, sg slow v_t)). logits: (..., V); others: (...)."""
     return weight.detach() * twohot_loss(logits, bins, returns, slow_value)
 
 
 class Agent(nn.Module):
-    """World model, actor and critic, trained together by one loss and one optimiser.
-
-    obs_space: Dict of uint8 images (H, W, C) and float32 vectors; action_space: Discrete or Box, of one environment.
-    """
-
-    context = 1  # rows before the trained window: they give the first state and the first action
+    """World model, actor and critic: one loss, one optimiser. Spaces: of one environment, as make_envs gives them."""
 
     def __init__(self, obs_space, action_space, args):
         super().__init__()
@@ -730,6 +599,7 @@ class Agent(nn.Module):
         self.critic = Head(size, args.units, 3, args.bins, outscale=0.0)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("bin_values", symexp_bins(args.bins))
+        self.register_buffer("eye", torch.eye(self.actor.size), persistent=False)  # F.one_hot waits for the device
         self.register_buffer("return_range", torch.zeros(2))  # moving 5th and 95th percentile of the returns, Eq. 7
         self.to(self.device)
         self.params = [p for p in self.parameters() if p.requires_grad]
@@ -744,14 +614,9 @@ class Agent(nn.Module):
         """State of B environments before their first observation."""
         return {**self.rssm.initial(B), "action": torch.zeros(B, self.actor.size, device=self.device)}
 
-    def onehot(self, index, size):
-        """(...) -> (..., size) float32; F.one_hot would wait for the device."""
-        return (index[..., None] == torch.arange(size, device=self.device)).float()
-
     def action_vector(self, action):
         """Stored actions to model actions. Discrete: (B, T) -> (B, T, A) one-hot; Box: (B, T, ...) -> (B, T, A)."""
-        onehot = self.actor.discrete
-        return self.onehot(action, self.actor.size) if onehot else action.reshape(*action.shape[:2], -1).float()
+        return self.eye[action] if self.actor.discrete else action.flatten(2).float()
 
     def inputs(self, row, state):
         """What act takes: observations and is_first of a row, and the state of initial or of the last act."""
@@ -775,18 +640,16 @@ class Agent(nn.Module):
         return action.cpu().numpy()
 
     def latents(self, state):
-        """What the replay keeps of a state, to start windows from: bfloat16 h, class numbers of z."""
-        return {"deter": state["deter"].detach().bfloat16(), "stoch": state["stoch"].argmax(-1).to(torch.uint8)}
+        """What the replay keeps of a state, to start windows from: bfloat16 h, one-hot z as bytes."""
+        return {"deter": state["deter"].detach().bfloat16(), "stoch": state["stoch"].detach().to(torch.uint8)}
 
     def model_losses(self, batch):
         """Eq. 2 and 3 on rows 1..T of T+1; row 0 supplies the state and the action before them.
-
         -> losses, each (B, T); features with gradient (B, T, F); posterior; statistics.
         """
         args = self.args
         obs = {key: batch[key][:, 1:] for key in self.decoder.shapes}
-        stoch = self.onehot(batch["stoch"][:, 0], args.classes)  # (B, S, K)
-        state = {"deter": batch["deter"][:, 0].float(), "stoch": stoch}
+        state = {key: batch[key][:, 0].float() for key in ("deter", "stoch")}
         with self.autocast():
             action = self.action_vector(batch["action"][:, :-1])  # (B, T, A)
             post = self.rssm.observe(self.encoder(obs), action, batch["is_first"][:, 1:], state)
@@ -812,36 +675,26 @@ class Agent(nn.Module):
         stats["stats/prior_entropy"] = -(prior_logp.exp() * prior_logp).sum((-2, -1)).mean()
         return losses, feat, post, stats
 
-    @torch.no_grad()
-    def imagine(self, post):
-        """H steps from every replayed state; REINFORCE needs no gradient here. post: {key: (B, T, ...)}.
-
-        -> features (N, H+1, F), actions (N, H, A), and reward, discounted continue probability, slow value (N, H+1).
-        """
-        start = {key: post[key].flatten(0, 1) for key in ("deter", "stoch")}
-        with self.autocast():
-            feat, action = self.rssm.imagine(start, self.actor.sample, self.args.imag_horizon)
-            reward = twohot_mean(self.reward(feat), self.bin_values)  # (N, H+1)
-            cont = self.cont(feat)[..., 0].sigmoid()  # (N, H+1)
-            slow_value = twohot_mean(self.slow_critic(feat), self.bin_values)  # (N, H+1)
-        return feat, action, reward, cont, slow_value
-
     def behaviour_losses(self, feat, post, batch):
         """Eq. 5 to 7 in imagination, and the critic on replayed rows. feat: (B, T, F), post: of model_losses.
-
         -> losses actor, critic (N, H) and repval (B, T-1); statistics.
         """
         args, bins = self.args, self.bin_values
-        imag_feat, action, reward, cont, slow_value = self.imagine(post)
+        start = {key: post[key].detach().flatten(0, 1) for key in ("deter", "stoch")}
+        with torch.no_grad(), self.autocast():  # REINFORCE needs no gradient through the dynamics
+            imag_feat, action = self.rssm.imagine(start, self.actor.sample, args.imag_horizon)
+            reward = twohot_mean(self.reward(imag_feat), bins)  # (N, H+1)
+            cont = self.cont(imag_feat)[..., 0].sigmoid()  # (N, H+1), discounted
+            slow_value = twohot_mean(self.slow_critic(imag_feat), bins)  # (N, H+1)
+            replay_slow = twohot_mean(self.slow_critic(feat), bins)  # (B, T)
         with self.autocast():
             logits = self.critic(imag_feat)  # (N, H+1, V)
             dist = self.actor.dist(imag_feat[:, :-1])
             replay_logits = self.critic(feat)  # (B, T, V), with a gradient into the world model
-            with torch.no_grad():
-                replay_slow = twohot_mean(self.slow_critic(feat), bins)  # (B, T)
         value = twohot_mean(logits.detach(), bins)  # (N, H+1); of the online critic, not the slow one
         returns = lambda_return(reward, value, cont, args.lam)  # (N, H)
-        percentiles = torch.stack([percentile(returns, 0.05), percentile(returns, 0.95)])  # (2)
+        ranked, places = returns.flatten().sort().values, [q * (returns.numel() - 1) for q in (0.05, 0.95)]
+        percentiles = torch.stack([ranked[int(x)].lerp(ranked[int(x) + 1], x % 1) for x in places])  # (2)
         self.return_range.lerp_(percentiles, args.return_rate)
         scale = (self.return_range[1] - self.return_range[0]).clamp(min=1)  # max(1, S): noise is not blown up
         weight = cont.cumprod(1)[:, :-1]  # (N, H), beginning with the continue probability of the start itself
@@ -878,14 +731,11 @@ class Agent(nn.Module):
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------
-
-
 class Replay:
     """Ring buffer of capacity // num_envs rows for each environment; all environments add a row at a time together.
-
-    Windows of rows are uniform over all starts and run across episode ends. The online queue comes first in each batch:
-    the windows that tile each stream, as they become complete, so that every row is in a batch at least once.
-    extras: {key: (shape, dtype)} of what is stored beside a row and rewritten later, such as latent states.
+    Windows of rows are uniform over all starts and run across episode ends; first in each batch comes the online queue,
+    the windows that tile each stream, as they become complete. extras: {key: (shape, dtype)} of what is stored beside a
+    row and rewritten later, such as latent states.
     """
 
     def __init__(self, capacity, num_envs, obs_space, action_space, device, extras=None):
@@ -937,8 +787,12 @@ class Replay:
             self.data[key].flatten(0, 1)[index] = values.flatten(0, 1).to(self.device)[last]
 
     def save(self, folder):
-        """Write the rows added since the last call, with the extras that they have now. -> what load needs."""
+        """Write the rows added since the last call, with the extras that they have now. -> what load needs.
+        First it deletes what the last checkpoint does not name: rows that left the ring, what a crash left behind.
+        """
         folder.mkdir(exist_ok=True)
+        for path in set(folder.iterdir()) - {folder / name for _, _, name in self.files}:
+            path.unlink()
         oldest = max(0, self.rows - self.length)
         self.files = [file for file in self.files if file[1] > oldest]
         first = max([oldest] + [end for _, end, _ in self.files])
@@ -948,19 +802,12 @@ class Replay:
             save(folder / self.files[-1][2], **{key: ring[places].cpu() for key, ring in self.data.items()})
         return {"rows": self.rows, "online": self.online, "files": self.files}
 
-    def sweep(self, folder):
-        """Delete what the checkpoint does not name: rows that left the ring, and what a crash left behind."""
-        for path in folder.iterdir():
-            if path.name not in {name for _, _, name in self.files}:
-                path.unlink()
-
     def load(self, folder, state):
         """Read back what save wrote, into a replay of the same size."""
         self.rows, self.online, self.files = state["rows"], state["online"], state["files"]
         for first, end, name in self.files:
             for key, values in load(folder / name).items():
                 self.data[key][torch.arange(first, end) % self.length] = values.to(self.device)
-        self.sweep(folder)  # only now: a checkpoint that cannot be read deletes nothing
 
 
 # === Part 2: training =================================================================================================
@@ -968,16 +815,15 @@ class Replay:
 
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
-    modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]
-    if len(modes) > 1:
-        fail(f"{' '.join(modes)}: one of them at a time is allowed")
     if args.eval or args.dream:
         return show(args)
     saved = load(args.resume, need=("args", "agent", "now")) if args.resume else None
     args = resolve(inherit(args, args.resume, saved["args"], RESUMED) if saved else args)
     tune(args)
+    now = saved["now"] if saved else dict(step=0, updates=0, first_step=None, recent=[])
+    step, updates, first_step, recent = (now[key] for key in ("step", "updates", "first_step", "recent"))
     for seed in random.seed, np.random.seed, torch.manual_seed:
-        seed(args.seed)
+        seed(args.seed + step)  # a resumed run draws new numbers
     envs = make_envs(args.env_id, args.num_envs, args.seed, args)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     agent = Agent(obs_space, action_space, args)
@@ -985,17 +831,12 @@ def train(args: Args) -> dict:
     latents = {key: (x.shape[1:], x.dtype) for key, x in agent.latents(state).items()}
     replay = Replay(args.buffer_size, args.num_envs, obs_space, action_space, device, latents)
     update, act = (Captured(fn, args.cuda_graph and cuda) for fn in (agent.update, agent.act))
-    step, updates, first_step, recent = 0, 0, None, []  # first_step: at the first update; recent: last 20 returns
     if saved:  # new episodes begin: the interrupted ones stand in the replay as abandoned
-        load_weights(agent, saved, args.resume)
-        agent.optimizer.load_state_dict(saved["optimizer"])
-        replay.load(run_folder(args.resume) / "replay", saved["replay"])
-        torch.set_rng_state(saved["random"])
-        if cuda and saved["cuda_random"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_random"], device)
-        step, updates, first_step, recent = (saved["now"][x] for x in ("step", "updates", "first_step", "recent"))
+        agent.load_state_dict(saved["agent"])
+        torch._foreach_copy_(agent.optimizer.state, saved["optimizer"])
+        replay.load(Path(args.resume) / "replay", saved["replay"])
     run_dir, writer = open_run(args, agent, replay, saved)
-    rows, replayed = args.batch_length + Agent.context, args.batch_size * args.batch_length  # in a window; by an update
+    rows, replayed = args.batch_length + 1, args.batch_size * args.batch_length  # in a window; by an update
     often = f"per {replayed / args.train_ratio:g} policy steps: each is replayed {args.train_ratio:g} times"
     print(f"training  an update on {replayed:,} steps {often} (--train-ratio)", flush=True)
     row, stats, began, since = start_row(envs, args.seed + step), {}, time.time(), step
@@ -1012,7 +853,7 @@ def train(args: Args) -> dict:
                 batch = replay.sample(args.batch_size, rows)
                 batch = {key: x.to(device, non_blocking=True) for key, x in batch.items()}
                 stats = dict(update(batch))  # a GPU works on it while the environments step
-                replay.write(batch["index"][:, Agent.context :], {key: stats.pop(key) for key in latents})
+                replay.write(batch["index"][:, 1:], {key: stats.pop(key) for key in latents})
                 updates += 1
                 if not cuda:  # a GPU is waited for only when something is logged or saved
                     finite(stats)
@@ -1031,26 +872,25 @@ def train(args: Args) -> dict:
                 charts = {"charts/SPS": speed, "charts/frames": step * args.action_repeat, "charts/updates": updates}
                 for key, value in {**finite(stats), **charts}.items():
                     writer.add_scalar(key, value, step)
-                score, loss = np.mean(recent or [np.nan]), stats.get("losses/total", np.nan)
-                line = f"step {step:,}/{args.total_timesteps:,}  return {score:.1f}  updates {updates:,}"
                 left = int(max(0, args.total_timesteps - step) / speed / 60)  # minutes
-                print(f"{line}  loss {loss:.1f}  {speed:.1f} steps/s  left {left // 60}:{left % 60:02} h", flush=True)
+                line = f"step {step:,}/{args.total_timesteps:,}  return {np.mean(recent or [np.nan]):.1f}"
+                line += f"  updates {updates:,}  {speed:.1f} steps/s  left {left // 60}:{left % 60:02} h"
+                print(line, flush=True)
                 began, since = time.time(), step
             if done or before // args.checkpoint_every < step // args.checkpoint_every:
                 finite(stats)  # what is broken is not saved
                 if replay.windows(rows):
                     video = open_loop(agent, replay.sample(6, rows, online=False))
-                    save_gif(run_dir / "open_loop.gif", video, writer, step)
-                now = {"step": step, "updates": updates, "first_step": first_step, "recent": recent}
-                parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now}
+                    save_gif(run_dir / "open_loop.gif", video)
+                    writer.add_image("open_loop", video[-1], step, dataformats="HWC")  # the farthest prediction
+                now = dict(step=step, updates=updates, first_step=first_step, recent=recent)
+                parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state, "now": now}
                 parts |= {"replay": replay.save(run_dir / "replay"), "args": asdict(args), "source": SOURCE}
-                parts |= {"cuda_random": torch.cuda.get_rng_state(device) if cuda else None}
-                save(run_dir / "checkpoint.pt", **parts, random=torch.get_rng_state())
-                replay.sweep(run_dir / "replay")  # only now: a crash leaves the old checkpoint and the files it names
+                save(run_dir / "checkpoint.pt", **parts)
                 writer.flush()
     except Exception as error:
-        last = f"{run_dir} holds the last checkpoint" if (run_dir / "checkpoint.pt").exists() else "no checkpoint yet"
-        raise RuntimeError(f"policy step {step:,}: {type(error).__name__}: {error} ({last})") from error
+        text = f"policy step {step:,}: {type(error).__name__}: {error} (the last checkpoint, if any: {run_dir})"
+        raise RuntimeError(text) from error
     finally:
         writer.close()  # first: the environments of a broken simulator may raise again
         envs.close()
@@ -1096,11 +936,9 @@ OF_A_CALL = dict(resume=None, eval=None, dream=None, device="auto", track=False)
 
 
 class Captured:
-    """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
-
-    For inputs of new shapes the first three calls run eagerly, while cuDNN and the allocator settle; then the function
-    is captured and only replayed. The next call overwrites the results. What else the function reads, such as flags, is
-    frozen at capture; each shape keeps a graph of its own.
+    """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch, not thousands. For new
+    shapes the first three calls run eagerly, while cuDNN and the allocator settle; then the function is captured and
+    only replayed. The next call overwrites the results. What else the function reads, such as flags, is frozen.
     """
 
     def __init__(self, fn, on):
@@ -1139,16 +977,13 @@ def fail(message):
 
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
-    gpus = torch.cuda.device_count()
-    try:
-        device = torch.device(args.device if args.device != "auto" else "cuda" if gpus else "cpu")
-        assert device.type == "cpu" or device.type == "cuda" and (device.index or 0) < gpus
-    except (AssertionError, RuntimeError):
-        fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...; PyTorch sees {gpus} GPUs")
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)  # a graph is captured on the current device
-    return device
+    known = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    name = {"auto": known[:2][-1], "cuda": "cuda:0"}.get(args.device, args.device)
+    if name not in known:
+        fail(f"--device {args.device}: allowed on this machine: auto, {', '.join(known)}")
+    if name != "cpu":
+        torch.cuda.set_device(name)  # a graph is captured on the current device
+    return torch.device(name)
 
 
 def replay_device(capacity, row_bytes, device):
@@ -1164,86 +999,54 @@ def replay_device(capacity, row_bytes, device):
 
 
 def tune(args):
-    """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
-    again page by page is half of a CPU update.
-    """
+    """Settings of the process that make updates fast."""
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL("libc.so.6")
+        libc = ctypes.CDLL("libc.so.6")  # it gives large blocks back, and to fetch them again is half of a CPU update
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map no block on its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
-    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")  # medium: oneDNN, float32 without AMX
+    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")  # medium: oneDNN on a CPU
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = args.bf16, True
 
 
 # --- environments -----------------------------------------------------------------------------------------------------
-
-
-class DMControl(gym.Env):
-    """dm_control/<domain>-<task>-v0. Episodes end by time limit (discount still 1): truncated, not terminated."""
-
-    def __init__(self, env_id, obs, repeat=1, size=64):
-        if sys.platform == "linux":
-            os.environ.setdefault("MUJOCO_GL", "egl")  # headless; must be set before the first import
-        self.domain, _, self.task = env_id.removeprefix("dm_control/").removesuffix("-v0").partition("-")
-        self.obs, self.repeat, self.size, self.camera = obs, repeat, size, 2 if self.domain == "quadruped" else 0
-        try:
-            from dm_control import suite
-
-            self.suite = suite
-            first, _ = self.reset(seed=0)
-        except (AttributeError, ImportError, RuntimeError) as error:  # as a rule: no renderer, or no package
-            raise ValueError(f"{error}; allowed: with dm_control and libegl, or MUJOCO_GL=disable") from error
-        box = lambda x: spaces.Box(*((0, 255) if x.dtype == np.uint8 else (-np.inf, np.inf)), x.shape, x.dtype)
-        self.observation_space = spaces.Dict({key: box(x) for key, x in first.items()})
-        spec = self.env.action_spec()
-        self.action_space = spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
-
-    def observe(self, step):
-        vectors = {key: np.float32(x).reshape(-1) for key, x in step.observation.items() if np.size(x)}
-        return (vectors if self.obs != "image" else {}) | ({"image": self.render()} if self.obs != "vector" else {})
-
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            self.env = self.suite.load(self.domain, self.task, task_kwargs={"random": seed})
-        return self.observe(self.env.reset()), {}
-
-    def step(self, action):
-        reward = 0.0
-        for _ in range(self.repeat):  # here rather than in a wrapper: only the last frame is rendered
-            step = self.env.step(action)
-            reward += step.reward or 0.0
-            if step.last():
-                break
-        terminated = step.last() and step.discount == 0
-        return self.observe(step), reward, terminated, step.last() and not terminated, {}
-
-    def render(self):
-        return self.env.physics.render(self.size, self.size, camera_id=self.camera)
-
-
-def adapt(env, repeat):
+def adapt(env):
     """One environment -> Dict of uint8 images (H, W, C) and flat float32 vectors; Box actions clipped to [-1, 1]."""
     space, action = env.observation_space, env.action_space
     named, box = isinstance(space, spaces.Dict), isinstance(action, spaces.Box)
     parts = dict(space.spaces) if named else {"image" if is_image(space) else "vector": space}
     if not (np.isfinite([action.low, action.high]).all() if box else isinstance(action, spaces.Discrete)):
         raise ValueError(f"action space {action}; allowed: Discrete, or Box with finite bounds")
-    if not all(part.is_np_flattenable for part in parts.values()):
-        raise ValueError(f"observation space {space}; allowed: Box, Discrete, or a Dict of such")
     taken = {"action", "reward", "is_first", "is_last", "is_terminal", "deter", "stoch", "index"}
     if any(key in taken or "." in key or hasattr(nn.ModuleDict, key) for key in parts):
         raise ValueError(f"observations {list(parts)}; allowed: no dots, no attributes of nn.ModuleDict, not {taken}")
-    env = gym.wrappers.RepeatAction(env, repeat)
     if box:
         env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-        env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, -1, 1), env.action_space)
+        env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, -1, 1), spaces.Box(-1, 1, action.shape))
     else:
         env = gym.wrappers.TransformAction(env, lambda a: a + action.start, spaces.Discrete(action.n))
     flat_space = lambda part: part if is_image(part) else spaces.Box(-np.inf, np.inf, (spaces.flatdim(part),))
     flatten = lambda part, x: x if is_image(part) else spaces.flatten(part, x).astype(np.float32)
+    parts = {key: part for key, part in parts.items() if spaces.flatdim(part)}
     as_dict = lambda obs: {key: flatten(part, obs[key] if named else obs) for key, part in parts.items()}
     space = spaces.Dict({key: flat_space(part) for key, part in parts.items()})
     return gym.wrappers.TransformObservation(env, as_dict, space)
+
+
+def make_env(env_id, args, kwargs, render):
+    """One environment of gymnasium's registry, of dm_control's by shimmy with a camera of 64x64."""
+    if env_id.startswith("dm_control/"):
+        os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # before the first import
+        import shimmy
+
+        gym.register_envs(shimmy)
+        kwargs = {"render_kwargs": dict(width=64, height=64, camera_id=2 if "quadruped" in env_id else 0), **kwargs}
+    env = gym.make(env_id, **kwargs)
+    if render or args.obs != "vector":
+        env.unwrapped.render_mode = "rgb_array"  # afterwards: a constructor need not know this mode
+    env = gym.wrappers.RepeatAction(env, args.action_repeat)
+    if args.obs != "vector":  # outside of the repetition: only the last frame is rendered
+        env = gym.wrappers.AddRenderObservation(env, args.obs == "image", "image")
+    return adapt(env)
 
 
 def atari_envs(env_id, num_envs, args, **kwargs):
@@ -1256,38 +1059,27 @@ def atari_envs(env_id, num_envs, args, **kwargs):
     envs = gym.make_vec(env_id, num_envs, **settings)
     size = settings["img_height"], settings["img_width"], 1 if settings["grayscale"] else 3
     single = spaces.Dict({"image": spaces.Box(0, 255, size, np.uint8)})
-    batched = gym.vector.utils.batch_space(single, num_envs)
     as_dict = lambda obs: {"image": obs.reshape(num_envs, *size)}
-    return gym.wrappers.vector.TransformObservation(envs, as_dict, batched, single)
+    return gym.wrappers.vector.TransformObservation(envs, as_dict, single_observation_space=single)
 
 
 def make_envs(env_id, num_envs, seed, args, render=False):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
-    family, mode = env_id.split("/")[0], {"render_mode": "rgb_array"} if render else {}
     try:
         kwargs = dict(json.loads(args.env_kwargs))
-    except (ValueError, TypeError):
-        fail(f"--env-kwargs {args.env_kwargs}: allowed: a JSON object, such as '{{\"continuous\": true}}'")
-
-    def make():
-        if family == "dm_control":
-            return adapt(DMControl(env_id, args.obs, args.action_repeat, **kwargs), repeat=1)
-        try:
-            env = gym.make(env_id, **mode, **kwargs)
-        except (AssertionError, TypeError):
-            env = gym.make(env_id, **kwargs)  # an environment need not know this mode
-        return adapt(env, args.action_repeat)
-
-    try:
-        if family == "ALE":
+        if env_id.startswith("ALE/"):
             envs = atari_envs(env_id, num_envs, args, **kwargs)
         else:
-            envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+            make, mode = partial(make_env, env_id, args, kwargs, render), gym.vector.AutoresetMode.NEXT_STEP
+            envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
         sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
         if len(sizes) > 1 or any(side not in SIDES for size in sizes for side in size):
             raise ValueError(f"images of {sizes}; allowed: one size, sides among {list(SIDES)}")
-    except (gym.error.Error, ValueError, TypeError, ImportError) as error:
-        fail(f"--env-id {env_id} --env-kwargs {args.env_kwargs}: {error}")
+    except Exception as error:  # of any kind: users' constructors run here
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        at = f"{type(error).__name__} at {place.filename}:{place.lineno}"
+        flags = f"--env-id {env_id} --obs {args.obs} --env-kwargs {args.env_kwargs}"
+        fail(f"{flags}: {error} ({at}); allowed: a known id, a JSON object, a renderer by MUJOCO_GL")
     envs.action_space.seed(seed)  # reset does not
     return envs
 
@@ -1307,21 +1099,12 @@ def next_row(envs, action, row):
 
 
 # --- pictures, evaluation, checkpoints --------------------------------------------------------------------------------
-
-
-def save_gif(path, frames, writer=None, step=0):
-    """uint8 (T, H, W, 3) -> animated GIF on disk and in TensorBoard, whose own add_video would need moviepy."""
+def save_gif(path, frames):
+    """uint8 (T, H, W, 3) -> animated GIF."""
     from PIL import Image
-    from tensorboard.compat.proto.summary_pb2 import Summary
 
     images = [Image.fromarray(x).quantize(256, method=Image.Quantize.FASTOCTREE) for x in frames]  # 15 x as fast
-    out = io.BytesIO()
-    images[0].save(out, format="GIF", save_all=True, append_images=images[1:], duration=66, loop=0)
-    Path(path).write_bytes(out.getvalue())
-    if writer:
-        size = dict(height=frames.shape[1], width=frames.shape[2], colorspace=3)
-        value = Summary.Value(tag=Path(path).stem, image=Summary.Image(**size, encoded_image_string=out.getvalue()))
-        writer._get_file_writer().add_summary(Summary(value=[value]), step)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=66, loop=0)
 
 
 def picture(obs):
@@ -1342,39 +1125,30 @@ def film(video, seen):
     return torch.cat([bar, video], 2).permute(1, 2, 0, 3, 4).flatten(2, 3).to(torch.uint8).cpu().numpy()
 
 
-def frame(envs, row, agent):
-    """The first environment as it renders itself, where it can, else as the agent sees it. -> uint8 (H, W, 3)."""
-    try:
-        return np.asarray(envs.render()[0], np.uint8)
-    except Exception:  # there is no end to what renderers raise
-        seen = picture({key: torch.as_tensor(row[key][:1, None]) for key in agent.decoder.shapes})
-        return seen[0, 0].to(torch.uint8).numpy()
-
-
 def evaluate(agent, args, episodes, video=None):
-    """Play whole episodes without exploration noise; the random state of training is left as it was.
-
-    -> returns, one per episode. video: path for a GIF of the first environment's first episode.
+    """Play episodes without exploration noise. -> returns. The random state of training is left as it was.
+    video: path for a GIF of the first, as the environment renders itself, where it can, else as the agent sees it.
     """
-    N, cuda = min(episodes, 8), agent.device.type == "cuda"
-    wanted = [episodes // N + (n < episodes % N) for n in range(N)]  # each its share: no bias to short episodes
-    envs, scores, frames = make_envs(args.env_id, N, args.seed, args, bool(video)), [[] for _ in range(N)], []
-    act = Captured(partial(agent.act, eval=True), args.cuda_graph and cuda)
-    with torch.random.fork_rng([agent.device] if cuda else []):
+    envs, scores, frames = make_envs(args.env_id, 1, args.seed, args, bool(video)), [], []
+    act = Captured(partial(agent.act, eval=True), args.cuda_graph and agent.device.type == "cuda")
+    with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
         torch.manual_seed(args.seed + 1_000)
-        row, state, total = start_row(envs, args.seed + 1_000), agent.initial(N), np.zeros(N)
-        while any(len(score) < share for score, share in zip(scores, wanted, strict=True)):
-            if video and not scores[0]:
-                frames.append(frame(envs, row, agent))
+        row, state, total = start_row(envs, args.seed + 1_000), agent.initial(1), 0.0
+        while len(scores) < episodes:
+            if video and not scores:
+                image = picture({key: torch.as_tensor(row[key][:, None]) for key in agent.decoder.shapes})[0, 0]
+                with suppress(Exception):  # there is no end to what renderers raise
+                    image = np.asarray(envs.render()[0], np.uint8)
+                frames.append(np.asarray(image, np.uint8))
             state = act(agent.inputs(row, state))
             row = next_row(envs, agent.env_action(state), row)
-            total = total * ~row["is_first"] + row["reward"]
-            for n in np.flatnonzero(row["is_last"]):
-                scores[n].append(float(total[n]))
+            total = float(row["reward"][0]) + (0.0 if row["is_first"][0] else total)
+            if row["is_last"][0]:
+                scores.append(total)
     envs.close()
     if video:
         save_gif(video, np.stack(frames))
-    return [score for mine, share in zip(scores, wanted, strict=True) for score in mine[:share]]
+    return scores
 
 
 def save(path, **state):
@@ -1390,11 +1164,6 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
-def run_folder(path):
-    """Of a run folder or a checkpoint in it."""
-    return Path(path) if Path(path).is_dir() else Path(path).parent
-
-
 def load(path, need=()):
     """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
@@ -1408,7 +1177,7 @@ def load(path, need=()):
 
 def inherit(args, path, saved, free):
     """The flags of a run; of those named in free, what is given now. Any other that is given must be as it was."""
-    flags = {**asdict(Args()), **saved, **OF_A_CALL}
+    flags = {**saved, **OF_A_CALL}
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
@@ -1419,14 +1188,6 @@ def inherit(args, path, saved, free):
     return Args(**{**flags, **given})
 
 
-def load_weights(agent, saved, path):
-    """Weights of a checkpoint into an agent, or one line where shapes differ."""
-    try:
-        agent.load_state_dict(saved["agent"])
-    except RuntimeError as error:
-        fail(f"{path}: for other observations or actions ({str(error).splitlines()[-1]}); allowed: its own environment")
-
-
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     saved = load(path, need=("args", "agent"))
@@ -1434,20 +1195,21 @@ def load_agent(path, args=None):
     envs = make_envs(args.env_id, 1, args.seed, args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
     envs.close()
-    load_weights(agent, saved, path)
+    agent.load_state_dict(saved["agent"])
     return agent, args
 
 
 def show(args):
     """--eval or --dream: print the returns, leave a GIF beside the checkpoint."""
-    folder = run_folder(args.eval or args.dream)
-    agent, args = load_agent(args.eval or args.dream, args)
+    if args.resume or args.eval and args.dream:
+        fail("--resume --eval --dream: one of them at a time is allowed")
+    path = Path(args.eval or args.dream)
+    folder, (agent, args) = path if path.is_dir() else path.parent, load_agent(path, args)
     if args.dream:
         save_gif(folder / "dream.gif", dream(agent, args))
         return {"run_dir": str(folder)}
     scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
-    text = " ".join(f"{score:g}" for score in scores[:20]) + " ..." * (len(scores) > 20)
-    print(f"{args.env_id}, {len(scores)} episodes: {text}")
+    print(f"{args.env_id}, {len(scores)} episodes: {' '.join(f'{score:g}' for score in scores)}")
     print(f"mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
     return {"run_dir": str(folder), "returns": scores}
 
@@ -1457,34 +1219,32 @@ def open_run(args, agent, replay, saved):
     from torch.utils.tensorboard import SummaryWriter
 
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = run_folder(args.resume) if saved else Path(args.run_root) / name
+    run_dir = Path(args.resume) if saved else Path(args.run_root) / name
     try:
         run_dir.mkdir(parents=True, exist_ok=bool(saved))
     except OSError as error:
         fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
-    gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
-    cpu = "CPU  <-- WARNING: no GPU; images will take days" if agent.decoder.images else "CPU (vectors: fine)"
+    slow = "CPU  <-- WARNING: no GPU; images will take days" if agent.decoder.images else "CPU (vectors: fine)"
+    device = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else slow
     size, place = args.buffer_size * replay.row_bytes / 2**30, "main" if replay.device.type == "cpu" else "GPU"
-    print(f"run       {run_dir}\ndevice    {gpu or cpu}; PyTorch {torch.__version__}")
+    print(f"run       {run_dir}\ndevice    {device}; PyTorch {torch.__version__}")
     print(f"agent     {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
     print(f"replay    {args.buffer_size:,} rows x {replay.row_bytes / 1024:.1f} KiB = {size:.1f} GiB of {place} memory")
     print(f"length    {args.total_timesteps:,} policy steps = {args.total_timesteps * args.action_repeat:,} frames")
     if args.track:
         import wandb
 
-        names = dict(name=run_dir.name, id=run_dir.name, config=asdict(args))
-        wandb.init(**names, resume="allow", sync_tensorboard=True, save_code=True)
-    writer = SummaryWriter(run_dir, purge_step=saved["now"]["step"] + 1 if saved else None)
+        wandb.init(name=run_dir.name, id=run_dir.name, config=asdict(args), resume="allow", sync_tensorboard=True)
+    start = saved["now"]["step"] if saved else 0
+    writer = SummaryWriter(run_dir, purge_step=start + 1 if saved else None)
     table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", saved["now"]["step"] if saved else 0)
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", start)
     return run_dir, writer
 
 
 def finite(stats):
-    """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
-    update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
-    """
-    values = dict(zip(stats, torch.stack([x.float() for x in stats.values()]).tolist() if stats else [], strict=True))
+    """{name: 0-d tensor} -> {name: float}; waits for the device. Stops on nan and inf, before anything is saved."""
+    values = {name: float(x) for name, x in stats.items()}
     bad = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
     if bad:
         raise FloatingPointError(", ".join(bad))

@@ -18,6 +18,7 @@ import gumbel_softmax
 import merlin
 
 AGENTS = ["planet", "dreamerv2", "dreamerv3"]  # these act in environments
+CONTEXT = {"planet": 1, "dreamerv2": 0, "dreamerv3": 1}  # rows before the trained window: they give the first action
 FILES = [*AGENTS, "merlin", "gumbel_softmax"]  # merlin acts too, without replay and imagination: a suite of its own
 STATEFUL = [name for name in AGENTS if hasattr(importlib.import_module(name).Replay, "write")]
 # Of files whose replay keeps latent states beside its rows, has an online queue, and windows that run across episodes.
@@ -78,7 +79,7 @@ def captured(module, agent, eval=False):
 
 def window(module, agent, replay, B=4):
     torch.manual_seed(1)
-    return replay.sample(B, agent.args.batch_length + module.Agent.context)
+    return replay.sample(B, agent.args.batch_length + CONTEXT[module.__name__])
 
 
 def same(a, b):

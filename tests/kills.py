@@ -20,8 +20,6 @@ MOMENTS = {  # name: the function, the file that it works on, when; the step of 
     "checkpoint_half_written": ("torch.save", "checkpoint", "middle", 40),
     "checkpoint_synced": ("os.fsync", "checkpoint", "after", 40),
     "checkpoint_renamed": ("os.replace", "checkpoint", "after", 80),
-    "before_sweep": ("Replay.sweep", "replay", "before", 80),
-    "end": ("Replay.sweep", "replay", "after", 80),
 }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import AGENTS, captured, experience, known, merlin_agent, merlin_window, short, uniform, window
+from helpers import AGENTS, CONTEXT, captured, experience, known, merlin_agent, merlin_window, short, uniform, window
 
 sys.path.append(str(ROOT / "results"))
 import kernels  # noqa: E402
@@ -41,7 +41,7 @@ def updated(module, updates=8, compile=False, **flags):
     if compile:
         kernels.compiled(agent)
     captured(module, agent)
-    batches = [uniform(replay, 4, args.batch_length + module.Agent.context) for _ in range(updates)]
+    batches = [uniform(replay, 4, args.batch_length + CONTEXT[module.__name__]) for _ in range(updates)]
     before, history = [p.detach().clone() for p in agent.params], []
     torch.manual_seed(0)
     for batch in batches:

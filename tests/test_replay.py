@@ -143,6 +143,7 @@ def test_replay_is_saved_in_increments(module, tmp_path, first, second):
     (tmp_path / "rows-7-9.pt").write_bytes(b"left behind by a crash")
     other = numbered(module, 0)
     other.load(tmp_path, state)
+    other.save(tmp_path)
     assert not (tmp_path / "rows-7-9.pt").exists()
     kept = torch.arange(max(0, replay.rows - 20), replay.rows) % 20
     for key, x in saved.items():

@@ -33,7 +33,7 @@ Differs from the paper, on purpose:
 - An Atari episode cut at 108,000 frames bootstraps, as every time-out does here; in the code it is terminal.
 - ALE's vector environment resizes images by area, the code with Pillow's bilinear filter.
 - Evaluation takes the most likely action; published scores are returns of training episodes, which sample.
-- Weights are cast to bfloat16 once per update on a GPU; their gradients, sums over all T steps, are rounded to it.
+- Weights are cast to bfloat16 once per update on a GPU, so their gradients over the T steps add up in bfloat16.
 """
 
 import copy
@@ -120,9 +120,8 @@ class Args:
     track: bool = False  # mirror TensorBoard to Weights & Biases (pip install wandb; WANDB_PROJECT, WANDB_ENTITY)
 
 
-DEBUG = dict(total_timesteps=400, batch_size=4, batch_length=8, train_ratio=4.0, learning_starts=64)
-DEBUG |= dict(checkpoint_every=200)
-RUN = dict(total_timesteps=400_000, batch_size=16, batch_length=64, train_ratio=512.0, learning_starts=1024)
+DEBUG = dict(total_timesteps=400, batch_size=4, batch_length=8, train_ratio=4, learning_starts=64, checkpoint_every=200)
+RUN = dict(total_timesteps=400_000, batch_size=16, batch_length=64, train_ratio=512, learning_starts=1024)
 RUN |= dict(checkpoint_every=10_000)
 SIZES = {  # Table: all widths follow from one number
     "debug": dict(hidden=32, units=32, deter=256, depth=2, classes=2, **DEBUG),
@@ -153,9 +152,8 @@ def resolve(args: Args) -> Args:
     for name, least in {**dict.fromkeys(positive, 0), "batch_length": 1, "bins": 2}.items():
         if getattr(args, name) <= least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than {least}")
-    if args.bins % 2 == 0 or args.depth % 2 or args.deter % 8 or args.deter % args.blocks:
-        sizes = f"--bins {args.bins} --depth {args.depth} --deter {args.deter}"
-        fail(f"{sizes}: allowed: odd, even, a multiple of 8 and of --blocks {args.blocks}")
+    if args.bins % 2 == 0 or args.deter % args.blocks:
+        fail(f"--bins {args.bins} must be odd; --blocks {args.blocks} must divide --deter {args.deter}")
     needed = args.num_envs * (-(-args.learning_starts // args.num_envs) + args.batch_length)  # rows at the first update
     if args.buffer_size // args.num_envs * args.num_envs < min(needed, args.total_timesteps):
         fail(f"--buffer-size {args.buffer_size}: training starts with {needed:,} rows; allowed: that many or more")
@@ -286,6 +284,8 @@ def upsample_conv(x, conv):
 class Decoder(nn.Module):
     """Features -> predicted observations: vectors as symlog, images in 0 to 1."""
 
+    blocks = 8  # of the layer from h to the smallest image; a number of its own in the code, whatever --blocks is
+
     def __init__(self, obs_space, args):
         super().__init__()
         self.shapes = {key: space.shape for key, space in obs_space.items()}
@@ -300,7 +300,8 @@ class Decoder(nn.Module):
             depths = [m * args.depth for m in (4, 4, 3, 2)] + [sum(self.shapes[key][-1] for key in self.images)]
             self.low = height // 16, width // 16, depths[0]  # rows, columns, channels of the smallest image
             pixels = int(np.prod(self.low))
-            self.blocks = 8  # of the layer from h to the smallest image, whatever --blocks is; so in the code
+            if args.deter % self.blocks or depths[0] % self.blocks:
+                fail(f"--deter {args.deter} --depth {args.depth}: allowed with images: multiples of 8, of 2")
             self.from_deter = BlockLinear(args.deter, pixels, self.blocks)
             self.from_stoch = nn.Sequential(*mlp(self.split[1], 2 * args.units, 1), nn.Linear(2 * args.units, pixels))
             self.convs = nn.ModuleList(nn.Conv2d(a, b, 5, padding=2) for a, b in zip(depths, depths[1:], strict=False))
@@ -315,8 +316,7 @@ class Decoder(nn.Module):
             x = self.mlp(torch.cat([stoch, deter], -1))
             out = {key: head(x).float() for key, head in self.heads.items()}
         if self.images:
-            rows, columns, _ = self.low
-            x = self.from_deter(deter).flatten(0, 1).unflatten(-1, (self.blocks, rows, columns, -1))
+            x = self.from_deter(deter).flatten(0, 1).unflatten(-1, (self.blocks, *self.low[:2], -1))
             x = x.permute(0, 2, 3, 1, 4).flatten(3)  # each block of the layer owns some of the channels
             x = (x + self.from_stoch(stoch).view(x.shape)).permute(0, 3, 1, 2)
             for norm, conv in zip(self.norms, self.convs, strict=True):
@@ -466,6 +466,13 @@ class RSSM(nn.Module):
         own = deter.view(-1, G, size).transpose(0, 1)  # (G, N, D/G)
         return torch.lerp(own, cand, (update - 1).sigmoid()).transpose(0, 1).flatten(1)  # -1: at first h is mostly kept
 
+    def step(self, deter, stoch, keep, action_hidden, embed_hidden, noise, core_weight, post_weight):
+        """One step of the filter: h' = f(h, z, a), z' ~ q(h', x). -> h' (N, D), z' and its logits (N, S, K)."""
+        deter = self.core(deter * keep, stoch * keep[..., None], action_hidden, core_weight)
+        x = F.silu(self.post_norm(F.linear(deter, post_weight) + embed_hidden))
+        logits = self.post_out(x).view(noise.shape)
+        return deter, self.draw(logits, noise), logits
+
     def draw(self, logits, noise):
         """z ~ softmax of the logits, mixed, with the gradient of its probabilities. Both (N, S, K); noise ~ Exp(1)."""
         probs = unimix(logits, self.args.unimix).exp()
@@ -483,17 +490,15 @@ class RSSM(nn.Module):
         (B, T), S, K = is_first.shape, self.args.stoch, self.args.classes
         keep = 1 - is_first.float()[..., None]  # (B, T, 1), 0 where an episode begins
         action_hidden = self.action_in((action * keep).clamp(-1, 1))  # (B, T, U)
-        post_weight, embed_weight = cast(self.post_in.weight).split([self.args.deter, embed.shape[-1]], 1)
+        core_weight, post_in = cast(self.core_hidden.weight), cast(self.post_in.weight)  # once, not in each step
+        post_weight, embed_weight = post_in.split([self.args.deter, embed.shape[-1]], 1)
         embed_hidden = F.linear(embed, embed_weight, self.post_in.bias)  # (B, T, U)
         noise = torch.rand(B, T, S, K, device=embed.device).log_().neg_() if noise is None else noise
-        core_weight, deter, stoch, steps = cast(self.core_hidden.weight), state["deter"], state["stoch"], []
+        deter, stoch, steps = state["deter"], state["stoch"], []
         for t in range(T):
-            deter, stoch = deter * keep[:, t], stoch * keep[:, t, :, None]
-            deter = self.core(deter, stoch, action_hidden[:, t], core_weight)  # (B, D)
-            x = F.silu(self.post_norm(F.linear(deter, post_weight) + embed_hidden[:, t]))  # (B, U)
-            logits = self.post_out(x).view(B, S, K)
-            stoch = self.draw(logits, noise[:, t])  # (B, S, K)
-            steps.append((deter, stoch, logits))
+            now = keep[:, t], action_hidden[:, t], embed_hidden[:, t], noise[:, t]
+            steps.append(self.step(deter, stoch, *now, core_weight, post_weight))
+            deter, stoch, _ = steps[-1]
         deter, stoch, logits = (torch.stack(x, 1) for x in zip(*steps, strict=True))
         return {"deter": deter, "stoch": stoch, "logits": logits}
 
@@ -599,7 +604,6 @@ class Agent(nn.Module):
         self.critic = Head(size, args.units, 3, args.bins, outscale=0.0)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("bin_values", symexp_bins(args.bins))
-        self.register_buffer("eye", torch.eye(self.actor.size), persistent=False)  # F.one_hot waits for the device
         self.register_buffer("return_range", torch.zeros(2))  # moving 5th and 95th percentile of the returns, Eq. 7
         self.to(self.device)
         self.params = [p for p in self.parameters() if p.requires_grad]
@@ -616,7 +620,8 @@ class Agent(nn.Module):
 
     def action_vector(self, action):
         """Stored actions to model actions. Discrete: (B, T) -> (B, T, A) one-hot; Box: (B, T, ...) -> (B, T, A)."""
-        return self.eye[action] if self.actor.discrete else action.flatten(2).float()
+        onehot = torch.eye(self.actor.size, device=self.device)  # F.one_hot would wait for the device
+        return onehot[action] if self.actor.discrete else action.flatten(2).float()
 
     def inputs(self, row, state):
         """What act takes: observations and is_first of a row, and the state of initial or of the last act."""
@@ -635,18 +640,15 @@ class Agent(nn.Module):
 
     def env_action(self, state):
         """State of act -> actions for the vector environment, int64 (N,) or float32 (N, ...). Waits for the device."""
-        action = state["action"]  # (N, A)
-        action = action.argmax(-1) if self.actor.discrete else action.view(-1, *self.action_space.shape)
-        return action.cpu().numpy()
+        action = state["action"].cpu().numpy()  # (N, A)
+        return action.argmax(-1) if self.actor.discrete else action.reshape(-1, *self.action_space.shape)
 
     def latents(self, state):
         """What the replay keeps of a state, to start windows from: bfloat16 h, one-hot z as bytes."""
         return {"deter": state["deter"].detach().bfloat16(), "stoch": state["stoch"].detach().to(torch.uint8)}
 
     def model_losses(self, batch):
-        """Eq. 2 and 3 on rows 1..T of T+1; row 0 supplies the state and the action before them.
-        -> losses, each (B, T); features with gradient (B, T, F); posterior; statistics.
-        """
+        """Eq. 2, 3 on rows 1..T; row 0: state and action before them. -> losses (B, T), feat, posterior, stats."""
         args = self.args
         obs = {key: batch[key][:, 1:] for key in self.decoder.shapes}
         state = {key: batch[key][:, 0].float() for key in ("deter", "stoch")}
@@ -659,12 +661,11 @@ class Agent(nn.Module):
             reward_logits = self.reward(feat)
             cont_logit = self.cont(feat)[..., 0]
         post_logp, prior_logp = unimix(post["logits"], args.unimix), unimix(prior_logits, args.unimix)
-        losses = {}
+        losses = {"reward": twohot_loss(reward_logits, self.bin_values, batch["reward"][:, 1:])}
         if self.decoder.images:  # summed over pixels: no mean, no 1/2
             losses["image"] = sum((recon[key] - obs[key] / 255).square().sum((2, 3, 4)) for key in self.decoder.images)
         if self.decoder.vectors:
             losses["vector"] = sum((recon[key] - symlog(obs[key])).square().sum(2) for key in self.decoder.vectors)
-        losses["reward"] = twohot_loss(reward_logits, self.bin_values, batch["reward"][:, 1:])
         # the continue head learns the discounted probability, so imagination needs no gamma of its own
         cont = (1 - batch["is_terminal"][:, 1:].float()) * args.gamma  # (B, T)
         losses["cont"] = F.binary_cross_entropy_with_logits(cont_logit, cont, reduction="none")
@@ -676,9 +677,7 @@ class Agent(nn.Module):
         return losses, feat, post, stats
 
     def behaviour_losses(self, feat, post, batch):
-        """Eq. 5 to 7 in imagination, and the critic on replayed rows. feat: (B, T, F), post: of model_losses.
-        -> losses actor, critic (N, H) and repval (B, T-1); statistics.
-        """
+        """Eq. 5 to 7 imagined, the critic on replayed rows. -> losses actor, critic (N, H), repval (B, T-1); stats."""
         args, bins = self.args, self.bin_values
         start = {key: post[key].detach().flatten(0, 1) for key in ("deter", "stoch")}
         with torch.no_grad(), self.autocast():  # REINFORCE needs no gradient through the dynamics
@@ -701,22 +700,19 @@ class Agent(nn.Module):
         logp, entropy = self.actor.log_prob(dist, action), self.actor.entropy(dist)
         actor = actor_loss(logp, entropy, returns, value[:, :-1], weight, scale, args.entropy_scale)
         critic = critic_loss(logits[:, :-1], bins, returns, slow_value[:, :-1], weight)
-        assert actor.shape == critic.shape == returns.shape
         # real rewards and ends, bootstrapped by the imagined return of each replayed state
         boot = returns[:, 0].view(feat.shape[:2])  # (B, T)
         real, is_last, is_terminal = (batch[key][:, 1:].float() for key in ("reward", "is_last", "is_terminal"))
         target = lambda_return(real, boot, (1 - is_terminal) * args.gamma, (1 - is_last) * args.lam)  # (B, T-1)
         repval = critic_loss(replay_logits[:, :-1], bins, target, replay_slow[:, :-1], 1 - is_last[:, :-1])
-        assert repval.shape == target.shape
+        assert actor.shape == critic.shape == returns.shape and repval.shape == target.shape
         stats = {"actor_entropy": entropy, "return_scale": scale, "return_mean": returns, "value_mean": value}
         stats.update(imag_reward=reward, imag_cont=cont, advantage=((returns - value[:, :-1]) / scale).abs())
         stats = {f"stats/{key}": x.detach().mean() for key, x in stats.items()}
         return {"actor": actor, "critic": critic, "repval": repval}, stats
 
     def update(self, batch):
-        """One gradient step on B windows of T+1 rows (Replay.sample), without any host sync, so that a CUDA graph can
-        capture it. -> statistics, 0-d tensors on the device; fresh latents for the replay, (B, T, ...).
-        """
+        """One gradient step, without host sync. batch: Replay.sample -> 0-d statistics, fresh latents (B, T, ...)."""
         args = self.args
         model, feat, post, stats = self.model_losses(batch)
         behaviour, more_stats = self.behaviour_losses(feat, post, batch)
@@ -889,8 +885,7 @@ def train(args: Args) -> dict:
                 save(run_dir / "checkpoint.pt", **parts)
                 writer.flush()
     except Exception as error:
-        text = f"policy step {step:,}: {type(error).__name__}: {error} (the last checkpoint, if any: {run_dir})"
-        raise RuntimeError(text) from error
+        raise RuntimeError(f"policy step {step:,} of {run_dir}: {type(error).__name__}: {error}") from error
     finally:
         writer.close()  # first: the environments of a broken simulator may raise again
         envs.close()

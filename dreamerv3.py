@@ -408,14 +408,12 @@ class Actor(Head):
         std = 0.9 * (self.std_out(x).float() + 2).sigmoid() + 0.1
         return Normal(self.out(x).float().tanh(), std, validate_args=False)  # a check would wait for the device
 
-    def sample(self, feat):
-        """-> action (..., A). A Box sample may exceed +-1: environment and model clip it, its log-density does not."""
-        return sample_onehot(self.dist(feat).exp()) if self.discrete else self.dist(feat).rsample()
-
-    def mode(self, feat):
-        """-> the most likely action (..., A)."""
+    def sample(self, feat, mode=False):
+        """-> action (..., A), the most likely one if mode. A Box sample may exceed +-1, and is clipped where used."""
         dist = self.dist(feat)
-        return torch.zeros_like(dist).scatter_(-1, dist.argmax(-1, True), 1.0) if self.discrete else dist.mean
+        if not self.discrete:
+            return dist.mean if mode else dist.rsample()
+        return sample_onehot(dist.exp(), torch.ones_like(dist) if mode else None)
 
     def log_prob(self, dist, action):
         """dist: what dist has returned; action: (..., A) -> (...), in nats."""
@@ -636,7 +634,7 @@ class Agent(nn.Module):
             post = self.rssm.observe(self.encoder(obs), inputs["action"][:, None], inputs["is_first"][:, None], inputs)
             state = {key: post[key][:, 0] for key in ("deter", "stoch")}
             feat = self.rssm.feat(state)  # (N, F)
-            return {**state, "action": self.actor.mode(feat) if eval else self.actor.sample(feat)}
+            return {**state, "action": self.actor.sample(feat, mode=eval)}
 
     def env_action(self, state):
         """State of act -> actions for the vector environment, int64 (N,) or float32 (N, ...). Waits for the device."""
@@ -666,8 +664,7 @@ class Agent(nn.Module):
             losses["image"] = sum((recon[key] - obs[key] / 255).square().sum((2, 3, 4)) for key in self.decoder.images)
         if self.decoder.vectors:
             losses["vector"] = sum((recon[key] - symlog(obs[key])).square().sum(2) for key in self.decoder.vectors)
-        # the continue head learns the discounted probability, so imagination needs no gamma of its own
-        cont = (1 - batch["is_terminal"][:, 1:].float()) * args.gamma  # (B, T)
+        cont = (1 - batch["is_terminal"][:, 1:].float()) * args.gamma  # (B, T), so imagination needs no gamma
         losses["cont"] = F.binary_cross_entropy_with_logits(cont_logit, cont, reduction="none")
         losses["dyn"], losses["rep"] = kl_loss(post_logp, prior_logp, args.free_nats)
         assert all(loss.shape == feat.shape[:2] for loss in losses.values())
@@ -676,20 +673,25 @@ class Agent(nn.Module):
         stats["stats/prior_entropy"] = -(prior_logp.exp() * prior_logp).sum((-2, -1)).mean()
         return losses, feat, post, stats
 
+    @torch.no_grad()
+    def imagine(self, post):
+        """H steps from every replayed state: features, actions (N, H, A), reward, discounted continue, slow value."""
+        with self.autocast():
+            start = {key: post[key].flatten(0, 1) for key in ("deter", "stoch")}
+            feat, action = self.rssm.imagine(start, self.actor.sample, self.args.imag_horizon)
+            reward = twohot_mean(self.reward(feat), self.bin_values)  # (N, H+1)
+            cont = self.cont(feat)[..., 0].sigmoid()  # (N, H+1)
+            return feat, action, reward, cont, twohot_mean(self.slow_critic(feat), self.bin_values)
+
     def behaviour_losses(self, feat, post, batch):
         """Eq. 5 to 7 imagined, the critic on replayed rows. -> losses actor, critic (N, H), repval (B, T-1); stats."""
         args, bins = self.args, self.bin_values
-        start = {key: post[key].detach().flatten(0, 1) for key in ("deter", "stoch")}
-        with torch.no_grad(), self.autocast():  # REINFORCE needs no gradient through the dynamics
-            imag_feat, action = self.rssm.imagine(start, self.actor.sample, args.imag_horizon)
-            reward = twohot_mean(self.reward(imag_feat), bins)  # (N, H+1)
-            cont = self.cont(imag_feat)[..., 0].sigmoid()  # (N, H+1), discounted
-            slow_value = twohot_mean(self.slow_critic(imag_feat), bins)  # (N, H+1)
-            replay_slow = twohot_mean(self.slow_critic(feat), bins)  # (B, T)
+        imag_feat, action, reward, cont, slow_value = self.imagine(post)
         with self.autocast():
             logits = self.critic(imag_feat)  # (N, H+1, V)
             dist = self.actor.dist(imag_feat[:, :-1])
             replay_logits = self.critic(feat)  # (B, T, V), with a gradient into the world model
+            replay_slow = twohot_mean(self.slow_critic(feat.detach()), bins)  # (B, T)
         value = twohot_mean(logits.detach(), bins)  # (N, H+1); of the online critic, not the slow one
         returns = lambda_return(reward, value, cont, args.lam)  # (N, H)
         ranked, places = returns.flatten().sort().values, [q * (returns.numel() - 1) for q in (0.05, 0.95)]
@@ -700,8 +702,7 @@ class Agent(nn.Module):
         logp, entropy = self.actor.log_prob(dist, action), self.actor.entropy(dist)
         actor = actor_loss(logp, entropy, returns, value[:, :-1], weight, scale, args.entropy_scale)
         critic = critic_loss(logits[:, :-1], bins, returns, slow_value[:, :-1], weight)
-        # real rewards and ends, bootstrapped by the imagined return of each replayed state
-        boot = returns[:, 0].view(feat.shape[:2])  # (B, T)
+        boot = returns[:, 0].view(feat.shape[:2])  # (B, T): replayed rows go on with what is imagined from them
         real, is_last, is_terminal = (batch[key][:, 1:].float() for key in ("reward", "is_last", "is_terminal"))
         target = lambda_return(real, boot, (1 - is_terminal) * args.gamma, (1 - is_last) * args.lam)  # (B, T-1)
         repval = critic_loss(replay_logits[:, :-1], bins, target, replay_slow[:, :-1], 1 - is_last[:, :-1])
@@ -774,9 +775,8 @@ class Replay:
         return {**batch, "index": index}
 
     def write(self, index, extras):
-        """Put fresh extras, {key: (B, T, ...)}, back to the rows at index (B, T), which sample gave."""
+        """Put fresh extras, {key: (B, T, ...)}, back to rows index (B, T); where windows overlap, the last one wins."""
         index = index.flatten().to(self.device)  # (B*T)
-        # the last window that holds the row speaks for all that do: repeated runs are equal, whatever is written first
         order = torch.arange(len(index), device=self.device)
         last = order.new_zeros(self.length * self.num_envs).scatter_reduce_(0, index, order, "amax")[index]  # (B*T)
         for key, values in extras.items():

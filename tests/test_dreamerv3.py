@@ -71,7 +71,7 @@ def plain_loop(rssm, embed, action, is_first, state, noise):
     post_weight, embed_weight = rssm.post_in.weight.split([rssm.args.deter, embed.shape[-1]], 1)
     for t in range(is_first.shape[1]):
         keep = 1 - is_first[:, t, None].to(embed.dtype)
-        action_hidden = rssm.action_in(rssm.clip(action[:, t] * keep))
+        action_hidden = rssm.action_in((action[:, t] * keep).clamp(-1, 1))
         embed_hidden = F.linear(embed[:, t], embed_weight, rssm.post_in.bias)
         weights = rssm.core_hidden.weight, post_weight
         deter, stoch, logits = rssm.step(deter, stoch, keep, action_hidden, embed_hidden, noise[:, t], *weights)
@@ -235,7 +235,7 @@ def test_ablated_robustness(variant):
 def test_kl_without_free_nats(flags, left):
     """The ablation of the KL is flags: where posterior and prior are alike, nothing is left of it."""
     agent, replay = experience(d3, **flags)
-    for layer in agent.rssm.post_out, agent.rssm.prior_net[-1]:
+    for layer in agent.rssm.post_out, agent.rssm.prior[-2]:
         torch.nn.init.zeros_(layer.weight)
     losses = agent.model_losses(window(d3, agent, replay))[0]
     assert torch.allclose(losses["dyn"], torch.tensor(left), atol=1e-5)
@@ -282,5 +282,3 @@ def test_numbers_of_the_specification():
     logp = d3.unimix(torch.tensor([[2.0, 0, -1]]), 0.01)
     assert np.allclose(logp.exp(), [[0.8386901, 0.1163866, 0.0449233]], atol=1e-6)
     assert abs(d3.kl_categorical(logp, d3.unimix(torch.tensor([[0.0, 0, 1]]), 0.01)) - 0.9640024) < 1e-5
-    x = torch.arange(10.0) ** 2
-    assert abs(d3.percentile(x, 0.05) - 0.45) < 1e-5 and abs(d3.percentile(x, 0.95) - 73.35) < 1e-4

@@ -29,6 +29,7 @@ CPU = {
     "update 12m, 4x16": dict(size="12m", batch_size=4, batch_length=16),
     "update 12m": dict(size="12m"),
     "update 1m, vectors": dict(size="1m", shape=VECTOR),
+    "update 1m, vectors, weights at once": dict(size="1m", shape=VECTOR, through=True),
     "update 1m, vectors, compiled": dict(size="1m", shape=VECTOR, compile=True),
     "act 1m, 1 environment": dict(size="1m", act=1),
     "act 1m, 16 environments": dict(size="1m", act=16),
@@ -54,6 +55,7 @@ GPU = {
     for kind, shape in (("images", IMAGE), ("vectors", VECTOR))
     for bf16 in (True, False)
 }
+GPU |= {f"update {x}, images, bf16, weights at once": dict(size=x, through=True) for x in ("12m", "200m")}
 GPU |= {f"update {x}, images, bf16, compiled": dict(size=x, compile=True) for x in ("12m", "200m")}
 GPU |= {"update 12m, images, bf16, eager": dict(size="12m", cuda_graph=False)}
 GPU |= {
@@ -121,6 +123,7 @@ def measure(
     rows=0,
     box=False,
     game=None,
+    through=False,
     compile=False,
     upsample=False,
     profile=False,
@@ -129,7 +132,7 @@ def measure(
     """One case -> {column: number}. began: when the process was started.
 
     module: file; shape: of the observation; act, rows, pong, game: time acting in so many environments, a checkpoint of
-    so many rows, a run of Pong, a run of the memory game instead of updates; box: continuous actions; compile:
+    so many rows, a run of Pong, a run of the memory game instead of updates; box: continuous actions; through, compile:
     see kernels.py; upsample: apart, not folded into convolutions; profile: see above; flags: of the file.
     """
     import numpy as np
@@ -162,10 +165,10 @@ def measure(
     obs_space, rng, stateful = spaces.Dict(obs=space), np.random.default_rng(0), hasattr(module.Replay, "write")
     action_space = spaces.Box(-1, 1, (6,)) if box or module.__name__ == "planet" else spaces.Discrete(6)
     agent = module.Agent(obs_space, action_space, args)
-    if compile:
+    if through or compile:
         import kernels  # beside this file
 
-        kernels.compiled(agent)
+        (kernels.compiled if compile else kernels.through_time)(agent)
     cuda = agent.device.type == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
     captured = lambda fn: module.Captured(fn, args.cuda_graph and cuda)  # as train does

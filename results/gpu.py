@@ -277,6 +277,7 @@ V2, PLANET = dict(module="dreamerv2", size="atari-fast", shape=GRAY), dict(modul
 GAME = dict(module="merlin", game="merlin", size="paper", env_id="MemoryGame-16-v0", env_kwargs='{"image": true}')
 CASES = {  # of bench.py; what matters most comes first. copies: so many processes side by side
     "update 12m": dict(size="12m"),
+    "update 12m, weights at once": dict(size="12m", through=True),
     "update 12m, compiled step": dict(size="12m", compile=True),
     "update 12m, eager": dict(size="12m", cuda_graph=False),
     "act 12m, 16 environments": dict(size="12m", act=16),

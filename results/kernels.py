@@ -2,6 +2,9 @@
 """Tensor operations of one update of dreamerv3.py by part, counted on a CPU: python results/kernels.py [--compile]
 And dreamerv3.py with its recurrent steps through torch.compile: python results/kernels.py train FLAGS
 
+Two forms of the recurrent steps that only a GPU can judge live here, not in the file: the gradients of their weights
+for all steps at once (through_time), and with that the steps through torch.compile (compiled).
+
 An estimate of the kernels that a GPU launches: views cost nothing, a foreach operation is one kernel per 30 tensors,
 unless its factors are numbers on the device: then one per tensor. A norm counts as six operations forward and about
 ten backward; on a GPU it is one or two. --compile counts the recurrent steps as torch.compile fuses them, too: a
@@ -13,10 +16,12 @@ import collections
 import pathlib
 import re
 import sys
+from functools import partial
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from gymnasium import spaces
 from torch.func import functional_call
@@ -27,7 +32,7 @@ import dreamerv3 as d3
 VIEWS = set("view _unsafe_view reshape permute transpose t slice select split split_with_sizes unsqueeze".split())
 VIEWS |= set("squeeze expand detach alias unbind as_strided movedim flatten unflatten narrow chunk lift_fresh".split())
 VIEWS |= {"empty", "empty_like", "new_empty", "empty_strided"}  # move no data either
-IMAGINED = ("rssm", "core"), ("rssm", "prior"), ("rssm", "draw"), ("actor", "dist")  # methods of an imagined step
+IMAGINED = ("rssm", "core"), ("rssm.prior", "forward"), ("rssm", "draw"), ("actor", "dist")  # of an imagined step
 FILTER, BACK, DREAM = "filter, its steps", "backward, through these steps", "imagination, networks of its steps"
 PARTS = {("encoder", "forward"): "encoder", ("decoder", "forward"): "decoder", ("optimizer", "step"): "optimiser"}
 PARTS |= {("rssm", "observe"): "filter, around its steps", ("rssm", "imagine"): "imagination, around these"}
@@ -76,13 +81,13 @@ def case(**flags):
 
 
 def count(agent, batch):
-    """-> {part: {operation: number}} of one update."""
+    """-> {part: {operation: number}} of one update. The loop's own backward pass is told apart by through_time only."""
     counter, B = Count(), len(batch["reward"])
     for (owner, method), part in PARTS.items():
         counter.tag(getattr(agent, owner), method, lambda *_, part=part: part)
     counter.tag(agent.rssm, "step", lambda deter, *_: FILTER if len(deter) == B else "filter, all steps again")
     for owner, method in IMAGINED:
-        counter.tag(getattr(agent, owner), method, lambda *_: None if torch.is_grad_enabled() else DREAM)
+        counter.tag(agent.get_submodule(owner), method, lambda *_: None if torch.is_grad_enabled() else DREAM)
     undo = counter.tag(torch.autograd, "grad", lambda *_, **kw: BACK if kw else "backward, the rest")
     try:
         with counter:
@@ -90,6 +95,62 @@ def count(agent, batch):
     finally:
         undo()
     return counter.counts
+
+
+def stack_steps(steps):
+    """T tuples of tensors (B, ...) -> one tuple of tensors (B, T, ...)."""
+    return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
+
+
+class ThroughTime(torch.autograd.Function):
+    """Backpropagation through time in two passes. Forward hands on the states of a loop whose steps are detached from
+    each other and from all weights. Backward first goes back over these steps, and adds to the gradient of each state
+    what later steps pass back. The sums then go into the same steps computed again, all T at once and with the weights:
+    there a layer is one product in each direction, where the loop would have T small ones and T additions.
+    """
+
+    @staticmethod
+    def forward(ctx, steps, deter, stoch, logits, *again):
+        """steps: T x (states before the step, states after it), each step a graph of its own; others: (B, T, ...)."""
+        ctx.steps = steps
+        return deter, stoch, logits
+
+    @staticmethod
+    def backward(ctx, deter, stoch, logits):
+        totals, passed = [], (0, 0)
+        for t in reversed(range(len(ctx.steps))):
+            before, after = ctx.steps[t]
+            totals.append((deter[:, t] + passed[0], stoch[:, t] + passed[1], logits[:, t]))
+            passed = torch.autograd.grad(after, before, totals[-1], retain_graph=True)
+        return None, None, None, None, *stack_steps(totals[::-1])
+
+
+def observe(rssm, embed, action, is_first, state, noise=None):
+    """RSSM.observe with ThroughTime: the same arguments, the same result, the same gradients."""
+    (B, T), S, K = is_first.shape, rssm.args.stoch, rssm.args.classes
+    keep = 1 - is_first.float()[..., None]  # (B, T, 1)
+    action_hidden = rssm.action_in((action * keep).clamp(-1, 1))  # (B, T, U)
+    post_weight, embed_weight = d3.cast(rssm.post_in.weight).split([rssm.args.deter, embed.shape[-1]], 1)
+    embed_hidden = F.linear(embed, embed_weight, rssm.post_in.bias)  # (B, T, U)
+    noise = torch.rand(B, T, S, K, device=embed.device).log_().neg_() if noise is None else noise
+    inputs, weights = (keep, action_hidden, embed_hidden, noise), (d3.cast(rssm.core_hidden.weight), post_weight)
+    after, steps = (state["deter"], state["stoch"]), []
+    for t in range(T):
+        before = [x.detach().requires_grad_(torch.is_grad_enabled()) for x in after[:2]]
+        after = rssm.step(*before, *(x[:, t].detach() for x in inputs), *(x.detach() for x in weights))
+        steps.append((before, after))
+    before, after = (stack_steps(x) for x in zip(*steps, strict=True))
+    if torch.is_grad_enabled():
+        flat = (x.flatten(0, 1) for x in (*(x.detach() for x in before), *inputs))
+        again = (x.unflatten(0, (B, T)) for x in rssm.step(*flat, *weights))
+        after = ThroughTime.apply(steps, *(x.detach() for x in after), *again)
+    return dict(zip(("deter", "stoch", "logits"), after, strict=True))
+
+
+def through_time(agent):
+    """The agent, with the gradients of the filter's weights for all steps at once."""
+    agent.rssm.observe = partial(observe, agent.rssm)
+    return agent
 
 
 class Part(torch.nn.Module):
@@ -104,17 +165,17 @@ class Part(torch.nn.Module):
 
 
 def compiled(agent):
-    """torch.compile for the recurrent steps, products included: a switch of the measurements, not of the files, until a
-    GPU shows its worth.
+    """through_time, and torch.compile for the recurrent steps, products included.
 
     The steps get their weights as arguments, cast once per update as autocast would, and without gradient: that follows
     in plain code, for all steps at once. Everything else, other batch sizes too, stays as it is.
     """
     frozen, B, T = {}, agent.args.batch_size, agent.args.batch_length
+    through_time(agent)
 
     def refresh(*args, real=agent.model_losses, **kwargs):
         with agent.autocast():
-            for owner in agent.rssm, agent.actor:
+            for owner in agent.rssm, agent.rssm.prior, agent.actor:
                 weights = {f"owner.{name}": p.detach() for name, p in owner.named_parameters()}
                 frozen[owner] = {name: d3.cast(p) if p.dim() > 1 else p for name, p in weights.items()}
         return real(*args, **kwargs)
@@ -133,7 +194,7 @@ def compiled(agent):
     agent.model_losses = refresh
     replace(agent.rssm, "step", learns=True)
     for owner, method in IMAGINED:
-        replace(getattr(agent, owner), method, learns=False)
+        replace(agent.get_submodule(owner), method, learns=False)
 
 
 def count_compiled(agent, batch):
@@ -164,7 +225,9 @@ def main():
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", action="store_true", help="count the recurrent steps as compiled, too")
-    rows, fused = count(*case()), count_compiled(*case()) if parser.parse_args().compile else {}
+    fused = count_compiled(*case()) if parser.parse_args().compile else {}
+    agent, batch = case()
+    plain, rows = count(agent, batch), count(through_time(case()[0]), batch)
     print("| part | operations | compiled | most frequent |\n|---|---|---|---|")
     total = {part: names.total() for part, names in rows.items()}
     for part, names in sorted(rows.items(), key=lambda row: -row[1].total()):
@@ -172,6 +235,8 @@ def main():
         print(f"| {part} | {total[part]:,} | {fused.get(part, '') or ''} | {often} |")
     least = f"{sum({**total, **fused}.values()):,}" if fused else ""
     print(f"| in all | {sum(total.values()):,} | {least} | |")
+    parts = ", ".join(f"{part} {names.total():,}" for part, names in plain.items())
+    print(f"\nWithout through_time: {sum(names.total() for names in plain.values()):,} ({parts}).")
 
 
 if __name__ == "__main__":

@@ -65,22 +65,8 @@ def test_observe_equals_its_steps():
             assert torch.allclose(step[key][:, 0], whole[key][:, t], rtol=1e-4, atol=1e-5), key
 
 
-def plain_loop(rssm, embed, action, is_first, state, noise):
-    """observe as one graph over all steps: h, z and logits of T calls of step, each of which sees the one before it."""
-    deter, stoch, steps = state["deter"], state["stoch"], []
-    post_weight, embed_weight = rssm.post_in.weight.split([rssm.args.deter, embed.shape[-1]], 1)
-    for t in range(is_first.shape[1]):
-        keep = 1 - is_first[:, t, None].to(embed.dtype)
-        action_hidden = rssm.action_in((action[:, t] * keep).clamp(-1, 1))
-        embed_hidden = F.linear(embed[:, t], embed_weight, rssm.post_in.bias)
-        weights = rssm.core_hidden.weight, post_weight
-        deter, stoch, logits = rssm.step(deter, stoch, keep, action_hidden, embed_hidden, noise[:, t], *weights)
-        steps.append((deter, stoch, logits))
-    return [torch.stack(x, 1) for x in zip(*steps, strict=True)]
-
-
 def test_gradients_through_time():
-    """What ThroughTime gives every parameter and every input is what autograd gives through the whole loop.
+    """What kernels.through_time gives every parameter and input is what autograd gives through the loop of observe.
 
     With resets, and with gradients into each of the three outputs, alone and together.
     """
@@ -94,9 +80,9 @@ def test_gradients_through_time():
     is_first[1, 5] = is_first[2, 0] = is_first[2, -1] = True  # sequence 0 has none
     noise = torch.rand(B, T, args.stoch, args.classes).log_().neg_()
     state = rssm.initial(B)
-    whole = plain_loop(rssm, embed, action, is_first, state, noise)
-    fast = list(rssm.observe(embed, action, is_first, state, noise).values())
-    params = [p for name, p in rssm.named_parameters() if not name.startswith("prior_net")]
+    whole = list(rssm.observe(embed, action, is_first, state, noise).values())
+    fast = list(kernels.observe(rssm, embed, action, is_first, state, noise).values())
+    params = [p for name, p in rssm.named_parameters() if not name.startswith("prior")]
     weights = [torch.randn_like(x) for x in whole]
     for chosen in (0,), (1,), (2,), (0, 1, 2):
         losses = (sum((x[i] * weights[i]).sum() for i in chosen) for x in (whole, fast))
@@ -133,14 +119,16 @@ def test_compiled_steps_equal_plain_ones():
 
 def test_operations_of_an_update():
     """Launches are what an update costs on a GPU. The loops hold what is counted here, and no gradient of a weight."""
-    counts = kernels.count(*kernels.case())
-    loops = {kernels.FILTER: 57, kernels.BACK: 82, kernels.DREAM: 91}  # per step
+    agent, batch = kernels.case()
+    assert sum(names.total() for names in kernels.count(agent, batch).values()) < 15_200
+    counts = kernels.count(kernels.through_time(kernels.case()[0]), batch)
+    loops = {kernels.FILTER: 60, kernels.BACK: 85, kernels.DREAM: 95}  # per step
     steps = {kernels.FILTER: 64, kernels.BACK: 64, kernels.DREAM: 15}
     for part, number in loops.items():
         assert counts[part].total() == number * steps[part], part
     products = counts[kernels.BACK]["mm"] + counts[kernels.BACK]["bmm"]
     assert products == 7 * 64  # one for each product of a step, where gradients of weights would make it two
-    assert sum(names.total() for names in counts.values()) < 12_300
+    assert sum(names.total() for names in counts.values()) < 12_700
 
 
 def test_imagination_equals_its_steps():

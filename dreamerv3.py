@@ -1015,7 +1015,7 @@ def adapt(env):
     if any(key in taken or "." in key or hasattr(nn.ModuleDict, key) for key in parts):
         raise ValueError(f"observations {list(parts)}; allowed: no dots, no attributes of nn.ModuleDict, not {taken}")
     if box:
-        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        env = gym.wrappers.RescaleAction(env, action.dtype.type(-1), action.dtype.type(1))
         env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, -1, 1), spaces.Box(-1, 1, action.shape))
     else:
         env = gym.wrappers.TransformAction(env, lambda a: a + action.start, spaces.Discrete(action.n))

@@ -1029,8 +1029,8 @@ def adapt(env):
 
 def make_env(env_id, args, kwargs, render):
     """One environment of gymnasium's registry, of dm_control's by shimmy with a camera of 64x64."""
+    os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # read when it is first imported
     if env_id.startswith("dm_control/"):
-        os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # before the first import
         import shimmy
 
         gym.register_envs(shimmy)

@@ -37,7 +37,7 @@ SHARES = {  # of the time; on a CPU starting a process is what takes long
     "cuda": dict(machine=0.06, smoke=0.17, tests=0.19, speed=0.27, learn=0.31),
     "cpu": dict(machine=0.06, smoke=0.36, tests=0.08, speed=0.13, learn=0.37),
 }
-PACKAGES = "torch triton numpy gymnasium ale-py dm_control mujoco tyro tensorboard matplotlib pytest pillow".split()
+PACKAGES = "torch triton numpy gymnasium ale-py shimmy imageio dm_control mujoco tyro tensorboard matplotlib pytest pillow".split()
 VECTOR = [24]
 
 
@@ -385,7 +385,7 @@ def jobs(args, seconds):
             width, slower = n, beside / alone
     pong = plan(args, seconds, slower)
     runs = {"pong": pong, "swingup": SWINGUP, "pong2": {**pong, "seed": 2}}
-    for name, package in ("pong", "ale_py"), ("pong2", "ale_py"), ("swingup", "dm_control"):
+    for name, package in ("pong", "ale_py"), ("pong2", "ale_py"), ("swingup", "shimmy"):
         if not util.find_spec(package):
             note(args, "learn", missing=package, left_out=name)
             del runs[name]

@@ -37,7 +37,8 @@ SHARES = {  # of the time; on a CPU starting a process is what takes long
     "cuda": dict(machine=0.06, smoke=0.17, tests=0.19, speed=0.27, learn=0.31),
     "cpu": dict(machine=0.06, smoke=0.36, tests=0.08, speed=0.13, learn=0.37),
 }
-PACKAGES = "torch triton numpy gymnasium ale-py shimmy imageio dm_control mujoco tyro tensorboard matplotlib pytest pillow".split()
+PACKAGES = "torch triton numpy gymnasium ale-py shimmy imageio dm_control mujoco".split()
+PACKAGES += "tyro tensorboard matplotlib pytest pillow".split()
 VECTOR = [24]
 
 

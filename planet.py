@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch==2.13.0", "numpy", "gymnasium>=1.3", "ale-py", "dm_control", "mujoco>=3.17,<4", "tyro", "tensorboard",
+#   "torch==2.13.0", "numpy", "gymnasium>=1.3", "ale-py", "shimmy[dm-control]", "mujoco>=3.17,<4", "tensorboard", "tyro"
 # ]
 # ///
 """PlaNet: learn a latent model of the world from pixels, and act by planning in it. No policy, no value function.
@@ -16,16 +16,6 @@ equation of it, "code" the authors' release in its last state (August 2019).
     python planet.py --resume runs/...                    go on where the last checkpoint stands, replay included
     python planet.py --eval runs/.../checkpoint.pt        play 10 episodes, print the returns, save eval.gif
     python planet.py --dream runs/.../checkpoint.pt       plan and act in imagination only, save dream.gif
-
-Variants, to be applied with git apply results/ablations/planet_NAME.patch: ssm and gru (Figure 4), random_collection
-(Figure 5), overshooting (Eq. 7). results/planet_planner.py plans on the simulator itself (Table 1).
-
-From Python:
-    import planet
-    args = planet.Args(env_id="Pendulum-v1", size="debug", device="cpu")
-    result = planet.train(args)
-    agent, args = planet.load_agent(result["run_dir"])
-    print(planet.evaluate(agent, args, episodes=10))
 
 Symbols in shapes: B sequences of a batch, T steps trained on, N environments (or start states), H planning horizon,
 J candidate plans, A action size, E embedding, D deterministic state (belief), S latent variables, F = D + S features,
@@ -47,8 +37,6 @@ Differs from the paper, on purpose:
 """
 
 import ctypes
-import importlib.util
-import io
 import json
 import os
 import platform
@@ -56,6 +44,8 @@ import random
 import re
 import sys
 import time
+import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -79,7 +69,7 @@ class Args:
     num_envs: int = 1  # environments stepped together
     action_repeat: int | None = None  # frames per policy step; by task, see REPEATS
     atari_protocol: Literal["100k", "200m"] = "100k"  # 64x64 RGB, minimal actions; 200m: 96x96, which planet refuses
-    obs: Literal["vector", "image", "both"] = "image"  # dm_control only: state vectors, 64x64 camera, or both
+    obs: Literal["vector", "image", "both"] | None = None  # own observations, camera, both; dm_control: image, else own
     seed: int = 1  # of weights, sampling and environments
     size: Literal["debug", "small", "paper"] = "paper"  # networks, batch and planner; small: vectors on a CPU
     total_timesteps: int | None = None  # policy steps of all environments together; 125_000: 1,000 episodes of cartpole
@@ -88,7 +78,7 @@ class Args:
     seed_episodes: int | None = None  # random episodes before the first update; paper: 5
     collect_interval: int | None = None  # updates per episode; paper: 100
     buffer_size: int | None = None  # replay rows; 9/8 of total_timesteps, at most 1_000_000
-    checkpoint_every: int | None = None  # policy steps between checkpoints; 5_000 (debug: 200)
+    checkpoint_every: int = 5_000  # policy steps between checkpoints
     log_every: float = 10.0  # seconds between progress lines and between records of scalars
     horizon: int = 12  # H, steps of a plan
     iterations: int | None = None  # refits of the plan's distribution; paper: 10
@@ -113,69 +103,54 @@ class Args:
     cuda_graph: bool = True  # replay the whole update, and acting with its plan, as CUDA graphs on a GPU
     exp_name: str = Path(__file__).stem  # names the run
     run_root: str = "runs"  # folder of the run folders
-    resume: str | None = None  # run folder or checkpoint to go on from
+    resume: str | None = None  # run folder to go on from
     eval: str | None = None  # run folder or checkpoint to evaluate
     eval_episodes: int = 10  # episodes of --eval
     dream: str | None = None  # run folder or checkpoint to roll out in imagination, as dream.gif
     track: bool = False  # mirror TensorBoard to Weights & Biases (pip install wandb; WANDB_PROJECT, WANDB_ENTITY)
 
 
-# fmt: off
 DEBUG = dict(total_timesteps=400, batch_size=4, batch_length=8, seed_episodes=1, collect_interval=10)
-DEBUG |= dict(checkpoint_every=200)
 RUN = dict(total_timesteps=125_000, batch_size=50, batch_length=50, seed_episodes=5, collect_interval=100)
-RUN |= dict(checkpoint_every=5_000)
 SIZES = {  # debug and small are ours: for a CPU
-    "debug": dict(stoch=6,  deter=16,  hidden=16,  units=16,  depth=4,  iterations=2,  candidates=20,  top=4, **DEBUG),
-    "small": dict(stoch=16, deter=64,  hidden=64,  units=64,  depth=16, iterations=5,  candidates=300, top=30, **RUN),
+    "debug": dict(stoch=6, deter=16, hidden=16, units=16, depth=4, iterations=2, candidates=20, top=4, **DEBUG),
+    "small": dict(stoch=16, deter=64, hidden=64, units=64, depth=16, iterations=5, candidates=300, top=30, **RUN),
     "paper": dict(stoch=30, deter=200, hidden=200, units=300, depth=32, iterations=10, candidates=1000, top=100, **RUN),
 }
 ATARI = {  # settings of ALE by --atari-protocol
     "100k": dict(img_height=64, img_width=64, grayscale=False, full_action_space=False, repeat_action_probability=0.0),
     "200m": dict(img_height=96, img_width=96, grayscale=True, full_action_space=True, repeat_action_probability=0.25),
 }
-# fmt: on
 REPEATS = {"cartpole": 8, "reacher": 4, "cheetah": 4, "finger": 2, "ball_in_cup": 4, "walker": 2}  # the paper's
 SIDES = (64,)  # of images: the transposed convolutions end at 64
 
 
 def resolve(args: Args) -> Args:
-    """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
-
-    Stops with exit code 2 where flags are impossible or contradict each other.
-    """
+    """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins."""
     family, _, task = args.env_id.partition("/")
     repeat = {"ALE": 4, "dm_control": REPEATS.get(task.split("-")[0], 2)}.get(family, 1)
-    preset = {**SIZES[args.size], "action_repeat": repeat}
+    preset = {**SIZES[args.size], "action_repeat": repeat, "obs": "image" if family == "dm_control" else "vector"}
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     rows = min(args.total_timesteps * 9 // 8, 1_000_000)  # an eighth for the rows of resets
     args = replace(args, buffer_size=rows if args.buffer_size is None else args.buffer_size)
-    positive = ["num_envs", "action_repeat", "total_timesteps", "batch_size", "seed_episodes", "collect_interval"]
-    positive += ["buffer_size", "checkpoint_every", "horizon", "iterations", "candidates", "top", "eval_episodes"]
-    positive += ["stoch", "deter", "hidden", "units", "depth"]
-    for name, least in {**dict.fromkeys(positive, 0), "batch_length": 1}.items():
-        if getattr(args, name) <= least:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than {least}")
-    if args.top > args.candidates:
-        fail(f"--top {args.top}: allowed: at most --candidates {args.candidates}")
-    if not 1 <= args.bits <= 8:
-        fail(f"--bits {args.bits}: allowed: 1 to 8")
-    needed = args.num_envs * (args.batch_length + Agent.context)
-    if args.buffer_size // args.num_envs * args.num_envs < needed:
-        fail(f"--buffer-size {args.buffer_size}: a window takes {needed:,} rows; allowed: that many or more")
-    for name, only in ("obs", "dm_control"), ("atari_protocol", "ALE"):
-        if getattr(args, name) != getattr(Args, name) and family != only:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: with --env-id {only}/... only")
-    if args.track and not importlib.util.find_spec("wandb"):
-        fail("--track: Weights & Biases is missing; allowed after: pip install wandb")
+    for name, value in asdict(args).items():
+        least = {"seed": 0, "batch_length": 2}.get(name, 1)
+        if type(value) is int and value < least:
+            fail(f"--{name.replace('_', '-')} {value}: allowed: {least} or more")
+    for name, most in ("top", args.candidates), ("bits", 8):
+        if getattr(args, name) > most:
+            fail(f"--{name} {getattr(args, name)}: allowed: at most {most}")
+    if args.buffer_size // args.num_envs <= args.batch_length:
+        fail(f"--buffer-size {args.buffer_size}: allowed: --num-envs windows of --batch-length + 1 rows, or more")
+    if args.atari_protocol != Args.atari_protocol and family != "ALE":
+        fail(f"--atari-protocol {args.atari_protocol}: allowed: with --env-id ALE/... only")
     return args
 
 
 # === Part 1: the algorithm ============================================================================================
 
+
 # --- networks ---------------------------------------------------------------------------------------------------------
-
-
 def init_weights(module):
     """Glorot-uniform weights, biases 0, as TensorFlow's layers."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
@@ -195,10 +170,8 @@ def is_image(space):
 
 
 def preprocess(image, bits, noise=None):
-    """Images of few bits, dequantised: floor(u8 / 2^(8 - bits)) / 2^bits + U(0, 2^-bits) - 0.5 in -0.5 to 0.5.
-
-    image: uint8, any shape; noise: the same shape, in 0 to 2^-bits, drawn anew each time if None. Fewer bits, so that
-    small objects weigh as much as the texture of the ground; noise, so that a density cannot grow without bound.
+    """Images of few bits, dequantised: floor(u8 / 2^(8 - bits)) / 2^bits + U(0, 2^-bits) - 0.5 in +-0.5. Few bits:
+    small objects weigh as much as the texture of the ground. Noise: a density cannot grow without bound.
     """
     noise = torch.rand(image.shape, device=image.device) / 2**bits if noise is None else noise
     return torch.div(image, 2 ** (8 - bits), rounding_mode="floor").float() / 2**bits + noise - 0.5
@@ -272,15 +245,13 @@ class Decoder(nn.Module):
 
 
 class GRU(nn.Module):
-    """r, u = sigmoid(W [x, h] + 1), h' = u h + (1 - u) tanh(W [x, r h]). Not torch.nn.GRUCell: the reset gate comes
-    before the product, and the bias of 1 makes a new network remember.
-    """
+    """r, u = sigmoid(W [x, h] + 1), h' = u h + (1 - u) tanh(W [x, r h]): unlike torch's, r comes before the product."""
 
     def __init__(self, inputs, size):
         super().__init__()
         self.gates, self.cand = nn.Linear(inputs + size, 2 * size), nn.Linear(inputs + size, size)
         self.apply(init_weights)
-        nn.init.ones_(self.gates.bias)  # both gates open
+        nn.init.ones_(self.gates.bias)  # both gates open: a new network remembers
 
     def forward(self, x, h):
         """(N, inputs), (N, D) -> (N, D)."""
@@ -290,8 +261,6 @@ class GRU(nn.Module):
 
 
 # --- world model ------------------------------------------------------------------------------------------------------
-
-
 class Normal(nn.Module):
     """Linear layers for mean and deviation: (..., U) -> (..., S) twice, the deviation softplus + min_std."""
 
@@ -311,9 +280,8 @@ class RSSM(nn.Module):
         D, S, U = args.deter, args.stoch, args.hidden
         self.args, self.sizes = args, {"deter": D, "stoch": S}
         self.inputs = nn.Linear(S + action_size, U)
-        self.prior_hidden = nn.Linear(D, U)
-        self.prior_out, self.post_out = Normal(U, S, args.min_std), Normal(U, S, args.min_std)
-        self.post_hidden = nn.Linear(D + embed_size, U)
+        self.prior = nn.Sequential(nn.Linear(D, U), nn.ReLU(), Normal(U, S, args.min_std))  # h -> mean, deviation
+        self.post_hidden, self.post_out = nn.Linear(D + embed_size, U), Normal(U, S, args.min_std)
         self.apply(init_weights)
         self.cell = GRU(U, D)  # which has its own initial weights
 
@@ -326,9 +294,7 @@ class RSSM(nn.Module):
         return torch.cat([state["stoch"], state["deter"]], -1)
 
     def split_inputs(self, action):
-        """The input layer in two: the weight of the latents (U, S), and for all steps at once the actions' part of its
-        result. action: (..., A) -> (..., U).
-        """
+        """Weight of the latents (U, S), and for all steps the actions' share of the input layer, (..., U)."""
         weight_stoch, weight_action = self.inputs.weight.split([self.args.stoch, action.shape[-1]], 1)
         action_hidden = F.linear(action, weight_action, self.inputs.bias)
         return weight_stoch.to(action_hidden.dtype), action_hidden  # cast once: autocast would cast it at each step
@@ -338,21 +304,10 @@ class RSSM(nn.Module):
         x = F.relu(F.linear(stoch.to(action_hidden.dtype), weight_stoch) + action_hidden)
         return self.cell(x, deter)
 
-    def prior(self, deter):
-        """Mean and deviation of p(s | h): (..., D) -> (..., S) twice."""
-        return self.prior_out(F.relu(self.prior_hidden(deter)))
-
-    def sample(self, mean, std, noise):
-        """Reparameterised."""
-        return mean + std * noise
-
     def observe(self, embed, action, is_first, state, noise=None):
-        """Filter T observations. embed: (B, T, E); action: (B, T, A), the one that led to each step; is_first: (B, T);
-        state: of the step before; noise: (B, T, S) standard normal, drawn if None.
-
-        -> {"deter": (B, T, D), "stoch", "mean", "std", "prior_mean", "prior_std": (B, T, S)}. The posterior's sample is
-        carried on. In the loop is only what depends on it: the shares of actions and embeddings, and the whole prior,
-        are computed for all T at once.
+        """Filter T observations; what does not depend on the latents is computed for all T at once. embed: (B, T, E);
+        action: (B, T, A), the one that led to each step; is_first: (B, T); state: of the step before; noise: (B, T, S),
+        drawn if None. -> {"deter": (B, T, D), "stoch", "mean", "std", "prior_mean", "prior_std": (B, T, S)}.
         """
         keep = 1 - is_first.float()  # (B, T)
         noise = torch.randn(*is_first.shape, self.args.stoch, device=embed.device) if noise is None else noise
@@ -365,7 +320,7 @@ class RSSM(nn.Module):
             deter, stoch = deter * keep[:, t, None], stoch * keep[:, t, None]
             deter = self.step(deter, stoch, weight_stoch, action_hidden[:, t])
             mean, std = self.post_out(F.relu(F.linear(deter.to(embed.dtype), weight_deter) + embed_hidden[:, t]))
-            stoch = self.sample(mean, std, noise[:, t])
+            stoch = mean + std * noise[:, t]  # reparameterised
             states.append((deter, stoch, mean, std))
         deter, stoch, mean, std = (torch.stack(x, 1) for x in zip(*states, strict=True))
         prior_mean, prior_std = self.prior(deter)
@@ -374,7 +329,6 @@ class RSSM(nn.Module):
 
     def imagine(self, state, action, noise=None):
         """Roll the prior forward. state: N start states; action: (N, H, A); noise: (N, H, S), drawn if None.
-
         -> {"deter": (N, H, D), "stoch", "mean", "std": (N, H, S)}, the states after each action.
         """
         noise = torch.randn(*action.shape[:2], self.args.stoch, device=action.device) if noise is None else noise
@@ -383,22 +337,18 @@ class RSSM(nn.Module):
         for t in range(action.shape[1]):
             deter = self.step(deter, stoch, weight_stoch, action_hidden[:, t])
             mean, std = self.prior(deter)
-            stoch = self.sample(mean, std, noise[:, t])
+            stoch = mean + std * noise[:, t]  # reparameterised
             states.append((deter, stoch, mean, std))
         deter, stoch, mean, std = (torch.stack(x, 1) for x in zip(*states, strict=True))
         return {"deter": deter, "stoch": stoch, "mean": mean, "std": std}
 
 
 # --- optimiser --------------------------------------------------------------------------------------------------------
-
-
 class Adam:
     """TensorFlow's Adam after clipping by the global norm: eps is added before the second moment is corrected, which
     early on makes it up to 30 times as large as in PyTorch's form. For each parameter p with gradient g:
-
     g <- g min(1, clip / |all g|),  m <- 0.9 m + 0.1 g,  v <- 0.999 v + 0.001 g^2
     p <- p - lr sqrt(1 - 0.999^t) / (1 - 0.9^t) m / (sqrt(v) + eps)
-
     Counters live on the device, where a CUDA graph can advance them.
     """
 
@@ -406,6 +356,7 @@ class Adam:
         self.params, self.args = params, args
         self.momentum, self.mean_square = ([torch.zeros_like(p) for p in params] for _ in range(2))
         self.count = torch.zeros((), dtype=torch.float64, device=params[0].device)  # t
+        self.state = [*self.momentum, *self.mean_square, self.count]  # what a checkpoint holds
 
     @torch.no_grad()
     def step(self, grads):
@@ -423,18 +374,8 @@ class Adam:
         torch._foreach_sub_(self.params, torch._foreach_mul(change, rate.float()))
         return norm
 
-    def state_dict(self):
-        return {"momentum": self.momentum, "mean_square": self.mean_square, "count": self.count}
-
-    def load_state_dict(self, state):
-        for key in ("momentum", "mean_square"):
-            torch._foreach_copy_(getattr(self, key), state[key])
-        self.count.copy_(state["count"])
-
 
 # --- agent ------------------------------------------------------------------------------------------------------------
-
-
 def kl_gaussian(mean, std, mean2, std2):
     """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
     return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)
@@ -455,7 +396,6 @@ def refit(candidates, returns, top):
 
 def cem(score, shape, iterations, top, like):
     """Cross-entropy method, Algorithm 2: draw plans, keep the best, fit a normal distribution to them, repeat.
-
     score: plans (N, J, H, A) in -1 to 1 -> returns (N, J); shape: (N, J, H, A); like: a tensor of the device.
     -> the mean of the last fit (N, H, A). Each of the N problems has candidates of its own. Clipped plans are refitted.
     """
@@ -468,12 +408,7 @@ def cem(score, shape, iterations, top, like):
 
 
 class Agent(nn.Module):
-    """World model and planner.
-
-    obs_space: Dict of uint8 images (H, W, C) and float32 vectors; action_space: Discrete or Box, of one environment.
-    """
-
-    context = 1  # rows before the trained window: they give the first action
+    """World model and planner. Spaces: of one environment, as make_envs gives them."""
 
     def __init__(self, obs_space, action_space, args):
         super().__init__()
@@ -499,12 +434,12 @@ class Agent(nn.Module):
         return {**self.rssm.initial(B), "action": torch.zeros(B, self.action_size, device=self.device)}
 
     def onehot(self, index):
-        """(...) -> (..., A) float32; F.one_hot would wait for the device."""
-        return (index[..., None] == torch.arange(self.action_size, device=self.device)).float()
+        """(...) -> (..., A); F.one_hot would wait for the device."""
+        return torch.eye(self.action_size, device=self.device)[index]
 
     def action_vector(self, action):
         """Stored actions to model actions. Discrete: (B, T) -> (B, T, A) one-hot; Box: (B, T, ...) -> (B, T, A)."""
-        return self.onehot(action) if self.discrete else action.reshape(*action.shape[:2], -1).float().clamp(-1, 1)
+        return self.onehot(action) if self.discrete else action.flatten(2).float().clamp(-1, 1)
 
     def played(self, scores):
         """Planned numbers (..., A) to model actions: clipped; Discrete: one-hot of the largest."""
@@ -517,32 +452,25 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, inputs, eval=False, random=False):
-        """Filter, plan, add noise. -> the next state, with "action" (N, A) for what to do now. eval: without noise;
-        random: uniform actions, which the state remembers like any other.
-        """
+        """Filter, plan, add noise (eval: none; random: uniform actions). -> next state, "action" (N, A) for now."""
         obs = {key: inputs[key][:, None] for key in self.decoder.shapes}
         with self.autocast():
             embed = self.encoder(self.encoder.preprocess(obs))
             post = self.rssm.observe(embed, inputs["action"][:, None], inputs["is_first"][:, None], inputs)
         state = {key: post[key][:, 0] for key in ("deter", "stoch")}
-        if random:
-            scores = 2 * torch.rand(len(embed), self.action_size, device=self.device) - 1
-        else:
-            scores = self.plan(state)["action"]
-        if not (eval or random):
-            scores = scores + self.args.action_noise * torch.randn_like(scores)
-        return {**state, "action": self.played(scores)}
+        uniform = 2 * torch.rand(len(embed), self.action_size, device=self.device) - 1
+        scores = uniform if random else self.plan(state)["action"]
+        noise = 0.0 if eval or random else self.args.action_noise
+        return {**state, "action": self.played(scores + noise * torch.randn_like(scores))}
 
     def env_action(self, state):
         """State of act -> actions for the vector environment, int64 (N,) or float32 (N, ...). Waits for the device."""
-        action = state["action"]  # (N, A)
-        action = action.argmax(-1) if self.discrete else action.view(-1, *self.action_space.shape)
-        return action.cpu().numpy()
+        action = state["action"].cpu().numpy()  # (N, A)
+        return action.argmax(-1) if self.discrete else action.reshape(-1, *self.action_space.shape)
 
     @torch.no_grad()
     def plan(self, state):
         """Algorithm 2 from N states {"deter": (N, D), "stoch": (N, S)}. -> {"action": (N, A)}, the first of each plan.
-
         Samples of the prior, means of the reward, their plain sum: no discount, no value at the end.
         """
         args, N, J = self.args, len(state["stoch"]), self.args.candidates
@@ -558,10 +486,7 @@ class Agent(nn.Module):
         return {"action": plan[:, 0]}
 
     def model_losses(self, batch):
-        """Eq. 3 on rows 1..T of T+1, from a zero state; row 0 supplies the action before them.
-
-        -> losses, each (B, T); features (B, T, F); posterior; statistics.
-        """
+        """Eq. 3 on rows 1..T from a zero state; row 0: the action before. -> losses (B, T), feat, posterior, stats."""
         args, is_first = self.args, batch["is_first"][:, 1:]
         with self.autocast():
             obs = self.encoder.preprocess({key: batch[key][:, 1:] for key in self.decoder.shapes})
@@ -580,9 +505,7 @@ class Agent(nn.Module):
         return losses, feat, post, {f"stats/{key}": x.detach().mean() for key, x in stats.items()}
 
     def update(self, batch):
-        """One gradient step on B windows of T+1 rows (Replay.sample), without any host sync, so that a CUDA graph can
-        capture it. -> statistics, 0-d tensors on the device.
-        """
+        """One gradient step, without host sync. batch: Replay.sample -> 0-d statistics."""
         losses, _, _, stats = self.model_losses(batch)
         losses = {key: loss.mean() for key, loss in losses.items()}
         scales = {"kl": self.args.kl_scale, "reward": self.args.reward_scale}  # the others: 1
@@ -592,13 +515,10 @@ class Agent(nn.Module):
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------
-
-
 class Replay:
     """Ring buffer of capacity // num_envs rows for each environment; all environments add a row at a time together.
-
-    Windows lie within one episode: an episode is drawn uniformly, then a place in it. An episode shorter than the
-    window is used from its start, and the window runs on into what follows.
+    Windows lie within one episode: it is drawn uniformly, then a place in it. An episode that is too short is used from
+    its start, and the window runs on into what follows.
     """
 
     def __init__(self, capacity, num_envs, obs_space, action_space, device):
@@ -613,7 +533,6 @@ class Replay:
         self.data = {key: zeros(*shape, dtype=dtype) for key, (shape, dtype) in spec.items()}
         self.rows = 0  # added so far for each environment, kept or not
         self.starts = [[] for _ in range(num_envs)]  # rows at which the episodes of each environment begin
-        self.cached = None, None  # rows and T of the spans, spans
         self.files = []  # (first row, end row, name) of what save has written
 
     def windows(self, T):
@@ -633,21 +552,17 @@ class Replay:
 
     def spans(self, T):
         """Where windows can begin: environment, first and last possible row of each episode. -> (episodes, 3)"""
-        if self.cached[0] != (self.rows, T):  # 100 updates may follow one row
-            oldest, spans = max(0, self.rows - self.length), []
-            for env, starts in enumerate(self.starts):
-                for first, end in zip(starts, starts[1:] + [self.rows], strict=True):
-                    low = max(first - 1, oldest)
-                    high = min(max(low, end - T), self.rows - T)
-                    if low <= high:
-                        spans.append((env, low, high))
-            self.cached = (self.rows, T), torch.tensor(spans)
-        return self.cached[1]
+        oldest, spans = max(0, self.rows - self.length), []
+        for env, starts in enumerate(self.starts):
+            for first, end in zip(starts, starts[1:] + [self.rows], strict=True):
+                low = max(first - 1, oldest)
+                high = min(max(low, end - T), self.rows - T)
+                if low <= high:
+                    spans.append((env, low, high))
+        return torch.tensor(spans)
 
     def sample(self, B, T):
-        """-> {key: (B, T, ...)}, and "index" (B, T). The first row is context: the last T - 1 lie within an episode, if
-        it is long enough. is_last also marks an episode that was abandoned.
-        """
+        """-> {key: (B, T, ...)}, "index" (B, T). Row 0 is context. is_last also marks an episode that was abandoned."""
         spans = self.spans(T)
         env, low, high = spans[torch.randint(len(spans), (B,))].T  # (B)
         start = low + (torch.rand(B, dtype=torch.float64) * (high - low + 1)).long()  # (B)
@@ -658,8 +573,10 @@ class Replay:
         return {**batch, "index": index}
 
     def save(self, folder):
-        """Write the rows added since the last call. -> what load needs."""
+        """Write the rows added since the last call, delete files that no checkpoint names. -> what load needs."""
         folder.mkdir(exist_ok=True)
+        for path in set(folder.iterdir()) - {folder / name for _, _, name in self.files}:
+            path.unlink()
         oldest = max(0, self.rows - self.length)
         self.files = [file for file in self.files if file[1] > oldest]
         first = max([oldest] + [end for _, end, _ in self.files])
@@ -668,12 +585,6 @@ class Replay:
             self.files.append((first, self.rows, f"rows-{first}-{self.rows}.pt"))
             save(folder / self.files[-1][2], **{key: ring[places].cpu() for key, ring in self.data.items()})
         return {"rows": self.rows, "files": self.files}
-
-    def sweep(self, folder):
-        """Delete what the checkpoint does not name: rows that left the ring, and what a crash left behind."""
-        for path in folder.iterdir():
-            if path.name not in {name for _, _, name in self.files}:
-                path.unlink()
 
     def load(self, folder, state):
         """Read back what save wrote, into a replay of the same size."""
@@ -685,7 +596,6 @@ class Replay:
         first = self.data["is_first"][torch.arange(oldest, self.rows) % self.length].cpu()
         first[:1] = True  # of an episode whose beginning has left the ring
         self.starts = [(oldest + first[:, n].nonzero()[:, 0]).tolist() for n in range(self.num_envs)]
-        self.sweep(folder)  # only now: a checkpoint that cannot be read deletes nothing
 
 
 # === Part 2: training =================================================================================================
@@ -693,37 +603,28 @@ class Replay:
 
 def train(args: Args) -> dict:
     """Algorithm 1. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
-    modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]
-    if len(modes) > 1:
-        fail(f"{' '.join(modes)}: one of them at a time is allowed")
     if args.eval or args.dream:
         return show(args)
     saved = load(args.resume, need=("args", "agent", "now")) if args.resume else None
     args = resolve(inherit(args, args.resume, saved["args"], RESUMED) if saved else args)
     tune(args)
+    now = saved["now"] if saved else dict(step=0, updates=0, episodes=0, recent=[])
+    step, updates, episodes, recent = (now[key] for key in ("step", "updates", "episodes", "recent"))
     for seed in random.seed, np.random.seed, torch.manual_seed:
-        seed(args.seed)
+        seed(args.seed + step)  # a resumed run draws new numbers
     envs = make_envs(args.env_id, args.num_envs, args.seed, args)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     agent = Agent(obs_space, action_space, args)
-    device, state = agent.device, agent.initial(args.num_envs)
+    device, cuda, state = agent.device, agent.device.type == "cuda", agent.initial(args.num_envs)
     replay = Replay(args.buffer_size, args.num_envs, obs_space, action_space, device)
-    cuda = device.type == "cuda"
     update, act = (Captured(fn, args.cuda_graph and cuda) for fn in (agent.update, agent.act))
-    step, updates, episodes, recent = 0, 0, 0, []  # episodes: that are over; recent: last 20 returns
     if saved:  # new episodes begin: the interrupted ones stand in the replay as abandoned
-        load_weights(agent, saved, args.resume)
-        agent.optimizer.load_state_dict(saved["optimizer"])
-        replay.load(run_folder(args.resume) / "replay", saved["replay"])
-        torch.set_rng_state(saved["random"])
-        if cuda and saved["cuda_random"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_random"], device)
-        step, updates, episodes, recent = (saved["now"][x] for x in ("step", "updates", "episodes", "recent"))
+        agent.load_state_dict(saved["agent"])
+        torch._foreach_copy_(agent.optimizer.state, saved["optimizer"])
+        replay.load(Path(args.resume) / "replay", saved["replay"])
     run_dir, writer = open_run(args, agent, replay, saved)
-    fitting = f"{args.collect_interval} updates on {args.batch_size} x {args.batch_length} steps"
-    print(f"training  {args.seed_episodes} random episodes, then {fitting} per episode")
-    print(f"planning  {args.iterations} x {args.candidates:,} plans of {args.horizon} steps", flush=True)
-    rows = args.batch_length + Agent.context  # in a window
+    print(f"training  {args.seed_episodes} random episodes, {args.collect_interval} updates per episode", flush=True)
+    rows = args.batch_length + 1  # in a window: the first gives the action before the second
     row, stats, began, since = start_row(envs, args.seed + step), {}, time.time(), step
     returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the episodes that go on
     try:
@@ -757,25 +658,24 @@ def train(args: Args) -> dict:
                 charts = {"charts/SPS": speed, "charts/frames": step * args.action_repeat, "charts/updates": updates}
                 for key, value in {**finite(stats), **charts}.items():
                     writer.add_scalar(key, value, step)
-                score, loss = np.mean(recent or [np.nan]), stats.get("losses/total", np.nan)
-                line = f"step {step:,}/{args.total_timesteps:,}  return {score:.1f}  updates {updates:,}"
                 left = int(max(0, args.total_timesteps - step) / speed / 60)  # minutes
-                print(f"{line}  loss {loss:.1f}  {speed:.1f} steps/s  left {left // 60}:{left % 60:02} h", flush=True)
+                line = f"step {step:,}/{args.total_timesteps:,}  return {np.mean(recent or [np.nan]):.1f}"
+                line += f"  updates {updates:,}  {speed:.1f} steps/s  left {left // 60}:{left % 60:02} h"
+                print(line, flush=True)
                 began, since = time.time(), step
             if done or before // args.checkpoint_every < step // args.checkpoint_every:
                 finite(stats)  # what is broken is not saved
                 if replay.windows(rows):
-                    save_gif(run_dir / "open_loop.gif", open_loop(agent, replay.sample(6, rows)), writer, step)
-                now = {"step": step, "updates": updates, "episodes": episodes, "recent": recent}
-                parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now}
+                    video = open_loop(agent, replay.sample(6, rows))
+                    save_gif(run_dir / "open_loop.gif", video)
+                    writer.add_image("open_loop", video[-1], step, dataformats="HWC")  # the farthest prediction
+                now = dict(step=step, updates=updates, episodes=episodes, recent=recent)
+                parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state, "now": now}
                 parts |= {"replay": replay.save(run_dir / "replay"), "args": asdict(args), "source": SOURCE}
-                parts |= {"cuda_random": torch.cuda.get_rng_state(device) if cuda else None}
-                save(run_dir / "checkpoint.pt", **parts, random=torch.get_rng_state())
-                replay.sweep(run_dir / "replay")  # only now: a crash leaves the old checkpoint and the files it names
+                save(run_dir / "checkpoint.pt", **parts)
                 writer.flush()
     except Exception as error:
-        last = f"{run_dir} holds the last checkpoint" if (run_dir / "checkpoint.pt").exists() else "no checkpoint yet"
-        raise RuntimeError(f"policy step {step:,}: {type(error).__name__}: {error} ({last})") from error
+        raise RuntimeError(f"policy step {step:,} of {run_dir}: {type(error).__name__}: {error}") from error
     finally:
         writer.close()  # first: the environments of a broken simulator may raise again
         envs.close()
@@ -797,8 +697,7 @@ def open_loop(agent, batch):
         post = agent.rssm.observe(embed, action[:, :seen], is_first[:, :seen], agent.rssm.initial(len(embed)))
         last = {key: post[key][:, -1] for key in ("deter", "stoch")}
         future = agent.rssm.imagine(last, action[:, seen:])
-        feat = torch.cat([agent.rssm.feat(post), agent.rssm.feat(future)], 1)  # (B, T, F)
-        model = picture(shown(agent.decoder(feat)))
+        model = picture(shown(agent.decoder(torch.cat([agent.rssm.feat(post), agent.rssm.feat(future)], 1))))
     truth = picture({key: x if x.dtype == torch.uint8 else x.float() for key, x in obs.items()})
     return film(torch.cat([truth, model, (model - truth + 255) / 2], 2), seen)
 
@@ -812,9 +711,8 @@ def shown(recon):
 def dream(agent, args, steps=45):
     """Plan and act in imagination, after one real observation of each of 4 environments. -> uint8 (T, H, W, 3)."""
     envs = make_envs(args.env_id, 4, args.seed, args)
-    row = start_row(envs, args.seed)
+    state, feats = agent.act(agent.inputs(start_row(envs, args.seed), agent.initial(4)), random=True), []
     envs.close()
-    state, feats = agent.act(agent.inputs(row, agent.initial(4)), random=True), []
     for _ in range(steps):
         feats.append(agent.rssm.feat(state))
         action = agent.played(agent.plan(state)["action"])
@@ -833,11 +731,9 @@ OF_A_CALL = dict(resume=None, eval=None, dream=None, device="auto", track=False)
 
 
 class Captured:
-    """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
-
-    For inputs of new shapes the first three calls run eagerly, while cuDNN and the allocator settle; then the function
-    is captured and only replayed. The next call overwrites the results. What else the function reads, such as flags, is
-    frozen at capture; each shape keeps a graph of its own.
+    """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch, not thousands. For new
+    shapes the first three calls run eagerly, while cuDNN and the allocator settle; then the function is captured and
+    only replayed. The next call overwrites the results. What else the function reads, such as flags, is frozen.
     """
 
     def __init__(self, fn, on):
@@ -876,16 +772,13 @@ def fail(message):
 
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
-    gpus = torch.cuda.device_count()
-    try:
-        device = torch.device(args.device if args.device != "auto" else "cuda" if gpus else "cpu")
-        assert device.type == "cpu" or device.type == "cuda" and (device.index or 0) < gpus
-    except (AssertionError, RuntimeError):
-        fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...; PyTorch sees {gpus} GPUs")
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)  # a graph is captured on the current device
-    return device
+    known = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    name = {"auto": known[:2][-1], "cuda": "cuda:0"}.get(args.device, args.device)
+    if name not in known:
+        fail(f"--device {args.device}: allowed on this machine: auto, {', '.join(known)}")
+    if name != "cpu":
+        torch.cuda.set_device(name)  # a graph is captured on the current device
+    return torch.device(name)
 
 
 def replay_device(capacity, row_bytes, device):
@@ -901,86 +794,54 @@ def replay_device(capacity, row_bytes, device):
 
 
 def tune(args):
-    """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
-    again page by page is half of a CPU update.
-    """
+    """Settings of the process that make updates fast."""
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL("libc.so.6")
+        libc = ctypes.CDLL("libc.so.6")  # it gives large blocks back, and to fetch them again is half of a CPU update
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map no block on its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
-    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")  # medium: oneDNN, float32 without AMX
+    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")  # medium: oneDNN on a CPU
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = args.bf16, True
 
 
 # --- environments -----------------------------------------------------------------------------------------------------
-
-
-class DMControl(gym.Env):
-    """dm_control/<domain>-<task>-v0. Episodes end by time limit (discount still 1): truncated, not terminated."""
-
-    def __init__(self, env_id, obs, repeat=1, size=64):
-        if sys.platform == "linux":
-            os.environ.setdefault("MUJOCO_GL", "egl")  # headless; must be set before the first import
-        self.domain, _, self.task = env_id.removeprefix("dm_control/").removesuffix("-v0").partition("-")
-        self.obs, self.repeat, self.size, self.camera = obs, repeat, size, 2 if self.domain == "quadruped" else 0
-        try:
-            from dm_control import suite
-
-            self.suite = suite
-            first, _ = self.reset(seed=0)
-        except (AttributeError, ImportError, RuntimeError) as error:  # as a rule: no renderer, or no package
-            raise ValueError(f"{error}; allowed: with dm_control and libegl, or MUJOCO_GL=disable") from error
-        box = lambda x: spaces.Box(*((0, 255) if x.dtype == np.uint8 else (-np.inf, np.inf)), x.shape, x.dtype)
-        self.observation_space = spaces.Dict({key: box(x) for key, x in first.items()})
-        spec = self.env.action_spec()
-        self.action_space = spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
-
-    def observe(self, step):
-        vectors = {key: np.float32(x).reshape(-1) for key, x in step.observation.items() if np.size(x)}
-        return (vectors if self.obs != "image" else {}) | ({"image": self.render()} if self.obs != "vector" else {})
-
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            self.env = self.suite.load(self.domain, self.task, task_kwargs={"random": seed})
-        return self.observe(self.env.reset()), {}
-
-    def step(self, action):
-        reward = 0.0
-        for _ in range(self.repeat):  # here rather than in a wrapper: only the last frame is rendered
-            step = self.env.step(action)
-            reward += step.reward or 0.0
-            if step.last():
-                break
-        terminated = step.last() and step.discount == 0
-        return self.observe(step), reward, terminated, step.last() and not terminated, {}
-
-    def render(self):
-        return self.env.physics.render(self.size, self.size, camera_id=self.camera)
-
-
-def adapt(env, repeat):
+def adapt(env):
     """One environment -> Dict of uint8 images (H, W, C) and flat float32 vectors; Box actions clipped to [-1, 1]."""
     space, action = env.observation_space, env.action_space
     named, box = isinstance(space, spaces.Dict), isinstance(action, spaces.Box)
     parts = dict(space.spaces) if named else {"image" if is_image(space) else "vector": space}
     if not (np.isfinite([action.low, action.high]).all() if box else isinstance(action, spaces.Discrete)):
         raise ValueError(f"action space {action}; allowed: Discrete, or Box with finite bounds")
-    if not all(part.is_np_flattenable for part in parts.values()):
-        raise ValueError(f"observation space {space}; allowed: Box, Discrete, or a Dict of such")
     taken = {"action", "reward", "is_first", "is_last", "is_terminal", "deter", "stoch", "index"}
     if any(key in taken or "." in key or hasattr(nn.ModuleDict, key) for key in parts):
         raise ValueError(f"observations {list(parts)}; allowed: no dots, no attributes of nn.ModuleDict, not {taken}")
-    env = gym.wrappers.RepeatAction(env, repeat)
     if box:
-        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-        env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, -1, 1), env.action_space)
+        env = gym.wrappers.RescaleAction(env, action.dtype.type(-1), action.dtype.type(1))
+        env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, -1, 1), spaces.Box(-1, 1, action.shape))
     else:
         env = gym.wrappers.TransformAction(env, lambda a: a + action.start, spaces.Discrete(action.n))
     flat_space = lambda part: part if is_image(part) else spaces.Box(-np.inf, np.inf, (spaces.flatdim(part),))
     flatten = lambda part, x: x if is_image(part) else spaces.flatten(part, x).astype(np.float32)
+    parts = {key: part for key, part in parts.items() if spaces.flatdim(part)}
     as_dict = lambda obs: {key: flatten(part, obs[key] if named else obs) for key, part in parts.items()}
     space = spaces.Dict({key: flat_space(part) for key, part in parts.items()})
     return gym.wrappers.TransformObservation(env, as_dict, space)
+
+
+def make_env(env_id, args, kwargs, render):
+    """One environment of gymnasium's registry, of dm_control's by shimmy with a camera of 64x64."""
+    os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # read when it is first imported
+    if env_id.startswith("dm_control/"):
+        import shimmy
+
+        gym.register_envs(shimmy)
+        kwargs = {"render_kwargs": dict(width=64, height=64, camera_id=2 if "quadruped" in env_id else 0), **kwargs}
+    env = gym.make(env_id, **kwargs)
+    if render or args.obs != "vector":
+        env.unwrapped.render_mode = "rgb_array"  # afterwards: a constructor need not know this mode
+    env = gym.wrappers.RepeatAction(env, args.action_repeat)
+    if args.obs != "vector":  # outside of the repetition: only the last frame is rendered
+        env = gym.wrappers.AddRenderObservation(env, args.obs == "image", "image")
+    return adapt(env)
 
 
 def atari_envs(env_id, num_envs, args, **kwargs):
@@ -993,38 +854,27 @@ def atari_envs(env_id, num_envs, args, **kwargs):
     envs = gym.make_vec(env_id, num_envs, **settings)
     size = settings["img_height"], settings["img_width"], 1 if settings["grayscale"] else 3
     single = spaces.Dict({"image": spaces.Box(0, 255, size, np.uint8)})
-    batched = gym.vector.utils.batch_space(single, num_envs)
     as_dict = lambda obs: {"image": obs.reshape(num_envs, *size)}
-    return gym.wrappers.vector.TransformObservation(envs, as_dict, batched, single)
+    return gym.wrappers.vector.TransformObservation(envs, as_dict, single_observation_space=single)
 
 
 def make_envs(env_id, num_envs, seed, args, render=False):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
-    family, mode = env_id.split("/")[0], {"render_mode": "rgb_array"} if render else {}
     try:
         kwargs = dict(json.loads(args.env_kwargs))
-    except (ValueError, TypeError):
-        fail(f"--env-kwargs {args.env_kwargs}: allowed: a JSON object, such as '{{\"continuous\": true}}'")
-
-    def make():
-        if family == "dm_control":
-            return adapt(DMControl(env_id, args.obs, args.action_repeat, **kwargs), repeat=1)
-        try:
-            env = gym.make(env_id, **mode, **kwargs)
-        except (AssertionError, TypeError):
-            env = gym.make(env_id, **kwargs)  # an environment need not know this mode
-        return adapt(env, args.action_repeat)
-
-    try:
-        if family == "ALE":
+        if env_id.startswith("ALE/"):
             envs = atari_envs(env_id, num_envs, args, **kwargs)
         else:
-            envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+            make, mode = partial(make_env, env_id, args, kwargs, render), gym.vector.AutoresetMode.NEXT_STEP
+            envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
         sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
         if len(sizes) > 1 or any(side not in SIDES for size in sizes for side in size):
             raise ValueError(f"images of {sizes}; allowed: one size, sides among {list(SIDES)}")
-    except (gym.error.Error, ValueError, TypeError, ImportError) as error:
-        fail(f"--env-id {env_id} --env-kwargs {args.env_kwargs}: {error}")
+    except Exception as error:  # of any kind: users' constructors run here
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        at = f"{type(error).__name__} at {place.filename}:{place.lineno}"
+        flags = f"--env-id {env_id} --obs {args.obs} --env-kwargs {args.env_kwargs}"
+        fail(f"{flags}: {error} ({at}); allowed: a known id, a JSON object, a renderer by MUJOCO_GL")
     envs.action_space.seed(seed)  # reset does not
     return envs
 
@@ -1044,21 +894,12 @@ def next_row(envs, action, row):
 
 
 # --- pictures, evaluation, checkpoints --------------------------------------------------------------------------------
-
-
-def save_gif(path, frames, writer=None, step=0):
-    """uint8 (T, H, W, 3) -> animated GIF on disk and in TensorBoard, whose own add_video would need moviepy."""
+def save_gif(path, frames):
+    """uint8 (T, H, W, 3) -> animated GIF."""
     from PIL import Image
-    from tensorboard.compat.proto.summary_pb2 import Summary
 
     images = [Image.fromarray(x).quantize(256, method=Image.Quantize.FASTOCTREE) for x in frames]  # 15 x as fast
-    out = io.BytesIO()
-    images[0].save(out, format="GIF", save_all=True, append_images=images[1:], duration=66, loop=0)
-    Path(path).write_bytes(out.getvalue())
-    if writer:
-        size = dict(height=frames.shape[1], width=frames.shape[2], colorspace=3)
-        value = Summary.Value(tag=Path(path).stem, image=Summary.Image(**size, encoded_image_string=out.getvalue()))
-        writer._get_file_writer().add_summary(Summary(value=[value]), step)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=66, loop=0)
 
 
 def picture(obs):
@@ -1079,39 +920,30 @@ def film(video, seen):
     return torch.cat([bar, video], 2).permute(1, 2, 0, 3, 4).flatten(2, 3).to(torch.uint8).cpu().numpy()
 
 
-def frame(envs, row, agent):
-    """The first environment as it renders itself, where it can, else as the agent sees it. -> uint8 (H, W, 3)."""
-    try:
-        return np.asarray(envs.render()[0], np.uint8)
-    except Exception:  # there is no end to what renderers raise
-        seen = picture({key: torch.as_tensor(row[key][:1, None]) for key in agent.decoder.shapes})
-        return seen[0, 0].to(torch.uint8).numpy()
-
-
 def evaluate(agent, args, episodes, video=None):
-    """Play whole episodes without exploration noise; the random state of training is left as it was.
-
-    -> returns, one per episode. video: path for a GIF of the first environment's first episode.
+    """Play episodes without exploration noise. -> returns. The random state of training is left as it was.
+    video: path for a GIF of the first, as the environment renders itself, where it can, else as the agent sees it.
     """
-    N, cuda = min(episodes, 8), agent.device.type == "cuda"
-    wanted = [episodes // N + (n < episodes % N) for n in range(N)]  # each its share: no bias to short episodes
-    envs, scores, frames = make_envs(args.env_id, N, args.seed, args, bool(video)), [[] for _ in range(N)], []
-    act = Captured(partial(agent.act, eval=True), args.cuda_graph and cuda)
-    with torch.random.fork_rng([agent.device] if cuda else []):
+    envs, scores, frames = make_envs(args.env_id, 1, args.seed, args, bool(video)), [], []
+    act = Captured(partial(agent.act, eval=True), args.cuda_graph and agent.device.type == "cuda")
+    with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
         torch.manual_seed(args.seed + 1_000)
-        row, state, total = start_row(envs, args.seed + 1_000), agent.initial(N), np.zeros(N)
-        while any(len(score) < share for score, share in zip(scores, wanted, strict=True)):
-            if video and not scores[0]:
-                frames.append(frame(envs, row, agent))
+        row, state, total = start_row(envs, args.seed + 1_000), agent.initial(1), 0.0
+        while len(scores) < episodes:
+            if video and not scores:
+                image = picture({key: torch.as_tensor(row[key][:, None]) for key in agent.decoder.shapes})[0, 0]
+                with suppress(Exception):  # there is no end to what renderers raise
+                    image = np.asarray(envs.render()[0], np.uint8)
+                frames.append(np.asarray(image, np.uint8))
             state = act(agent.inputs(row, state))
             row = next_row(envs, agent.env_action(state), row)
-            total = total * ~row["is_first"] + row["reward"]
-            for n in np.flatnonzero(row["is_last"]):
-                scores[n].append(float(total[n]))
+            total = float(row["reward"][0]) + (0.0 if row["is_first"][0] else total)
+            if row["is_last"][0]:
+                scores.append(total)
     envs.close()
     if video:
         save_gif(video, np.stack(frames))
-    return [score for mine, share in zip(scores, wanted, strict=True) for score in mine[:share]]
+    return scores
 
 
 def save(path, **state):
@@ -1127,11 +959,6 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
-def run_folder(path):
-    """Of a run folder or a checkpoint in it."""
-    return Path(path) if Path(path).is_dir() else Path(path).parent
-
-
 def load(path, need=()):
     """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
@@ -1145,7 +972,7 @@ def load(path, need=()):
 
 def inherit(args, path, saved, free):
     """The flags of a run; of those named in free, what is given now. Any other that is given must be as it was."""
-    flags = {**asdict(Args()), **saved, **OF_A_CALL}
+    flags = {**saved, **OF_A_CALL}
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
@@ -1156,14 +983,6 @@ def inherit(args, path, saved, free):
     return Args(**{**flags, **given})
 
 
-def load_weights(agent, saved, path):
-    """Weights of a checkpoint into an agent, or one line where shapes differ."""
-    try:
-        agent.load_state_dict(saved["agent"])
-    except RuntimeError as error:
-        fail(f"{path}: for other observations or actions ({str(error).splitlines()[-1]}); allowed: its own environment")
-
-
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     saved = load(path, need=("args", "agent"))
@@ -1171,20 +990,21 @@ def load_agent(path, args=None):
     envs = make_envs(args.env_id, 1, args.seed, args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
     envs.close()
-    load_weights(agent, saved, path)
+    agent.load_state_dict(saved["agent"])
     return agent, args
 
 
 def show(args):
     """--eval or --dream: print the returns, leave a GIF beside the checkpoint."""
-    folder = run_folder(args.eval or args.dream)
-    agent, args = load_agent(args.eval or args.dream, args)
+    if args.resume or args.eval and args.dream:
+        fail("--resume --eval --dream: one of them at a time is allowed")
+    path = Path(args.eval or args.dream)
+    folder, (agent, args) = path if path.is_dir() else path.parent, load_agent(path, args)
     if args.dream:
         save_gif(folder / "dream.gif", dream(agent, args))
         return {"run_dir": str(folder)}
     scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
-    text = " ".join(f"{score:g}" for score in scores[:20]) + " ..." * (len(scores) > 20)
-    print(f"{args.env_id}, {len(scores)} episodes: {text}")
+    print(f"{args.env_id}, {len(scores)} episodes: {' '.join(f'{score:g}' for score in scores)}")
     print(f"mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
     return {"run_dir": str(folder), "returns": scores}
 
@@ -1194,34 +1014,32 @@ def open_run(args, agent, replay, saved):
     from torch.utils.tensorboard import SummaryWriter
 
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = run_folder(args.resume) if saved else Path(args.run_root) / name
+    run_dir = Path(args.resume) if saved else Path(args.run_root) / name
     try:
         run_dir.mkdir(parents=True, exist_ok=bool(saved))
     except OSError as error:
         fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
-    gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
-    cpu = "CPU  <-- WARNING: no GPU; images will take days" if agent.decoder.images else "CPU (vectors: fine)"
+    slow = "CPU  <-- WARNING: no GPU; images will take days" if agent.decoder.images else "CPU (vectors: fine)"
+    device = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else slow
     size, place = args.buffer_size * replay.row_bytes / 2**30, "main" if replay.device.type == "cpu" else "GPU"
-    print(f"run       {run_dir}\ndevice    {gpu or cpu}; PyTorch {torch.__version__}")
+    print(f"run       {run_dir}\ndevice    {device}; PyTorch {torch.__version__}")
     print(f"agent     {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
     print(f"replay    {args.buffer_size:,} rows x {replay.row_bytes / 1024:.1f} KiB = {size:.1f} GiB of {place} memory")
     print(f"length    {args.total_timesteps:,} policy steps = {args.total_timesteps * args.action_repeat:,} frames")
     if args.track:
         import wandb
 
-        names = dict(name=run_dir.name, id=run_dir.name, config=asdict(args))
-        wandb.init(**names, resume="allow", sync_tensorboard=True, save_code=True)
-    writer = SummaryWriter(run_dir, purge_step=saved["now"]["step"] + 1 if saved else None)
+        wandb.init(name=run_dir.name, id=run_dir.name, config=asdict(args), resume="allow", sync_tensorboard=True)
+    start = saved["now"]["step"] if saved else 0
+    writer = SummaryWriter(run_dir, purge_step=start + 1 if saved else None)
     table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", saved["now"]["step"] if saved else 0)
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", start)
     return run_dir, writer
 
 
 def finite(stats):
-    """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
-    update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
-    """
-    values = dict(zip(stats, torch.stack([x.float() for x in stats.values()]).tolist() if stats else [], strict=True))
+    """{name: 0-d tensor} -> {name: float}; waits for the device. Stops on nan and inf, before anything is saved."""
+    values = {name: float(x) for name, x in stats.items()}
     bad = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
     if bad:
         raise FloatingPointError(", ".join(bad))

@@ -21,7 +21,7 @@ import planet  # noqa: E402
 
 def simulator_score(env, repeat, to_action):
     """-> a function from plans (1, J, H, A) in -1 to 1 to their returns (1, J) from where the simulator now stands, and
-    is left. env: a dm_control environment; to_action: from -1 to 1 to its bounds.
+    is left. env: shimmy's of dm_control; to_action: from -1 to 1 to its bounds.
     """
     physics, task = env.physics, env.task
     substeps = round(env.control_timestep() / physics.timestep())
@@ -55,13 +55,14 @@ def upper_bound(args):
     if args.resume or args.eval or args.dream or not args.env_id.startswith("dm_control/"):
         planet.fail(f"--env-id {args.env_id}: allowed: dm_control/..., whose state can be copied, and no checkpoint")
     env = planet.make_envs(args.env_id, 1, args.seed, replace(args, obs="vector")).envs[0].unwrapped
+    env = planet.gym.wrappers.RepeatAction(env, args.action_repeat)
     low, high = env.action_space.low, env.action_space.high
     to_action = lambda x: low + (x + 1) / 2 * (high - low)
     shape, returns = (1, args.candidates, args.horizon, len(low)), []
     torch.manual_seed(args.seed)
     for episode in range(args.eval_episodes):
         env.reset(seed=args.seed + episode)
-        score, total, done = simulator_score(env.env, args.action_repeat, to_action), 0.0, False
+        score, total, done = simulator_score(env.unwrapped, args.action_repeat, to_action), 0.0, False
         while not done:
             plan = planet.cem(score, shape, args.iterations, args.top, torch.zeros(1))
             _, reward, terminated, truncated, _ = env.step(to_action(plan[0, 0].numpy()))

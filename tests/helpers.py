@@ -79,7 +79,7 @@ def captured(module, agent, eval=False):
 
 def window(module, agent, replay, B=4):
     torch.manual_seed(1)
-    return replay.sample(B, agent.args.batch_length + CONTEXT[module.__name__])
+    return replay.sample(B, agent.args.batch_length + CONTEXT[module.__name__.split("_")[0]])
 
 
 def same(a, b):

@@ -195,6 +195,16 @@ def test_initial_weights():
             assert p.abs().max() <= limit and (p.numel() < 1000 or p.abs().max() > 0.98 * limit), name
 
 
+def take_means(monkeypatch, rssm):
+    """Latents without noise, in filtering and in imagination."""
+    for name, steps in ("observe", 2), ("imagine", 1):  # steps: the argument whose shape begins with (B, T)
+
+        def call(self, *args, real=getattr(rssm, name), steps=steps):
+            return real(self, *args, noise=torch.zeros(*args[steps].shape[:2], self.args.stoch))
+
+        monkeypatch.setattr(rssm, name, call)
+
+
 def slow_observe(dynamics, rssm, embed, action, is_first, noise):
     """Step by step, with whole layers, as the paper writes it."""
     B, T, A = action.shape
@@ -205,11 +215,11 @@ def slow_observe(dynamics, rssm, embed, action, is_first, noise):
         deter, stoch, a = deter * keep, stoch * keep, action[:, t] * keep
         x = torch.relu(rssm.inputs(torch.cat([stoch, a], -1)))
         if dynamics == "ssm":
-            prior = rssm.prior_out(x)
+            prior = rssm.prior(x)
             known = torch.cat(prior, -1)
         else:
             deter = rssm.cell(x, deter)
-            prior, known = rssm.prior_out(torch.relu(rssm.prior_hidden(deter))), deter
+            prior, known = rssm.prior[2](torch.relu(rssm.prior[0](deter))), deter
         mean, std = rssm.post_out(torch.relu(rssm.post_hidden(torch.cat([known, embed[:, t]], -1))))
         stoch = mean if dynamics == "gru" else mean + std * noise[:, t]
         states.append((deter, stoch, mean, std, *prior))
@@ -250,7 +260,7 @@ def test_observe_equals_the_plain_form(variant):
 
 def test_acting_and_training_agree(monkeypatch):
     """Without noise of latents and pixels, training on stored rows gives the states that acting goes through."""
-    monkeypatch.setattr(planet.RSSM, "sample", lambda self, mean, std, noise: mean)
+    take_means(monkeypatch, planet.RSSM)
     real = planet.preprocess
     monkeypatch.setattr(planet, "preprocess", lambda x, bits, noise=None: real(x, bits, torch.zeros(x.shape)))
     agent, replay = experience(planet, "Tiny-both-box-v0", rows=80, num_envs=1)
@@ -305,11 +315,11 @@ def test_gru_never_trains_its_prior(variant):
 
 
 @variants("planet overshooting", "planet ssm overshooting")
-def test_overshooting(variant):
+def test_overshooting(variant, monkeypatch):
     """Against a loop over every start and distance, with everything that crosses an end left out."""
     planet = variant
     agent, replay = experience(planet, "Tiny-vector-box-v0", overshooting=4, free_nats=0.5)
-    agent.rssm.sample = lambda mean, std, noise: mean
+    take_means(monkeypatch, planet.RSSM)
     batch = window(planet, agent, replay)
     first = batch["is_first"][:, 1:]
     first[0, 3], first[1] = True, False
@@ -336,7 +346,7 @@ def test_overshooting(variant):
 
 def test_losses_by_hand(monkeypatch):
     """Half the squared error, summed over pixels and numbers, mean over batch and time; reward times 10, KL times 1."""
-    monkeypatch.setattr(planet.RSSM, "sample", lambda self, mean, std, noise: mean)
+    take_means(monkeypatch, planet.RSSM)
     real = planet.preprocess
     monkeypatch.setattr(planet, "preprocess", lambda x, bits, noise=None: real(x, bits, torch.zeros(x.shape)))
     agent, replay = experience(planet, "Tiny-both-box-v0", free_nats=0.01)
@@ -459,13 +469,19 @@ def test_action_repeats():
     assert planet.resolve(planet.Args(env_id="Pendulum-v1")).action_repeat == 1
 
 
+def simulator(env_id, repeat):
+    """The environment itself, with repeated actions in its own bounds."""
+    envs = planet.make_envs(env_id, 1, 0, planet.resolve(planet.Args(env_id=env_id, obs="vector")))
+    return planet.gym.wrappers.RepeatAction(envs.envs[0].unwrapped, repeat)
+
+
 def test_simulator_is_left_alone(monkeypatch):
     """With contacts, too: actions chosen by planet_planner.py give the rewards that they give without any planning."""
     flags = dict(env_id="dm_control/walker-walk-v0", size="debug", action_repeat=100, horizon=2, candidates=3, top=1)
     actions, real = [], planet.cem
     monkeypatch.setattr(planet, "cem", lambda *args: actions.append(real(*args)[:, :1]) or actions[-1])
     (total,) = planet_planner.upper_bound(planet.Args(iterations=1, eval_episodes=1, device="cpu", **flags))
-    env = planet.DMControl(flags["env_id"], "vector", 100)
+    env = simulator(flags["env_id"], 100)
     env.reset(seed=1)
     low, high = env.action_space.low, env.action_space.high
     played = [low + (a[0, 0].numpy() + 1) / 2 * (high - low) for a in actions]  # to the last bit: contacts are chaotic
@@ -504,7 +520,7 @@ def test_true_simulator(monkeypatch):
     monkeypatch.setattr(planet, "cem", cem)
     (total,) = planet_planner.upper_bound(planet.Args(obs="vector", device="cpu", **flags))
     assert torch.equal(*seen["twice"]) and len(seen["twice"][0].unique()) > 5
-    env = planet.DMControl(flags["env_id"], "vector", 50)
+    env = simulator(flags["env_id"], 50)
     env.reset(seed=1)
     plan, score = seen["plan"]
     assert 0 < total <= 1000

@@ -62,12 +62,9 @@ def test_rssm(data):
     hidden = data["param/in/bias"].shape[0]
     rssm = planet.RSSM(E, A, planet.Args(stoch=S, deter=D, hidden=hidden))
     layers = {"in": rssm.inputs, "gru/gates": rssm.cell.gates, "gru/cand": rssm.cell.cand}
-    layers |= {"prior_hidden": rssm.prior_hidden, "post_hidden": rssm.post_hidden}
-    layers |= {
-        f"{kind}_{part}": getattr(getattr(rssm, f"{kind}_out"), part)
-        for kind in ("prior", "post")
-        for part in ("mean", "std")
-    }
+    layers |= {"prior_hidden": rssm.prior[0], "post_hidden": rssm.post_hidden}
+    layers |= {f"prior_{part}": getattr(rssm.prior[2], part) for part in ("mean", "std")}
+    layers |= {f"post_{part}": getattr(rssm.post_out, part) for part in ("mean", "std")}
     assert {key.split("param/")[1].rsplit("/", 1)[0] for key in data.arrays if "param/" in key} == set(layers)
     for name, layer in layers.items():
         copy(data, layer, name)

@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch==2.13.0", "numpy", "gymnasium>=1.3", "ale-py", "dm_control", "mujoco>=3.17,<4", "tyro", "tensorboard",
+#   "torch==2.13.0", "numpy", "gymnasium>=1.3", "ale-py", "shimmy[dm-control]", "mujoco>=3.17,<4", "tensorboard", "tyro"
 # ]
 # ///
 """DreamerV2: learn a world model with discrete latents, and an actor and a critic purely from its imagination.
@@ -13,20 +13,9 @@ of it, "Table" its hyperparameter table D.1, "code" the authors' release in its 
     python dreamerv2.py --env-id ALE/Pong-v5              train with the code's last settings: 5M policy steps
     python dreamerv2.py --env-id ALE/Pong-v5 --size atari                      the paper's: 12.5 times the replay
     python dreamerv2.py --env-id dm_control/walker-walk-v0                     from pixels; --obs vector: from states
-    python dreamerv2.py --env-id CartPole-v1              any other environment: size small, a CPU will do
     python dreamerv2.py --resume runs/...                 go on where the last checkpoint stands, replay included
     python dreamerv2.py --eval runs/.../checkpoint.pt     play 10 episodes, print the returns, save eval.gif
     python dreamerv2.py --dream runs/.../checkpoint.pt    the policy rolled out in imagination only, save dream.gif
-
-Ablations of Table 2: --kl-balance 0.5, --rho 0, and git apply results/ablations/dreamerv2_NAME.patch with gaussian,
-no_gru_norm, no_image_grad or no_reward_grad; schedules is what the first release anneals.
-
-From Python:
-    import dreamerv2
-    args = dreamerv2.Args(env_id="CartPole-v1", size="debug", device="cpu")
-    result = dreamerv2.train(args)
-    agent, args = dreamerv2.load_agent(result["run_dir"])
-    print(dreamerv2.evaluate(agent, args, episodes=10))
 
 Symbols in shapes: B sequences of a batch, T steps trained on, H imagination horizon, N = B*T start states (in acting:
 the environments), A action size, E embedding, D deterministic state, S latent variables, K classes of each, Z = S*K,
@@ -47,17 +36,12 @@ Where sources disagree:
 Differs from paper and code, on purpose:
 - Size atari-fast by default, and 5M policy steps of it. bfloat16 in place of float16 with loss scaling.
 - Episodes shorter than a window, which the code drops, are used from their start, and the window runs on into the next
-  one; near the newest row, the last window there is. Windows begin without a state, as in the code, but the paper's
-  keep their first action.
-- Before an episode has finished, what there is of it can be sampled; afterwards finished episodes only, as in the code:
-  an episode that never ends is then never seen.
-- Actions are stopped in the REINFORCE part, as elsewhere.
+  one. Windows begin without a state, as in the code; the paper's keep their first action.
+- Before an episode has finished, what there is of it can be sampled; afterwards finished ones only, as in the code.
 """
 
 import copy
 import ctypes
-import importlib.util
-import io
 import json
 import os
 import platform
@@ -65,6 +49,8 @@ import random
 import re
 import sys
 import time
+import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -81,7 +67,6 @@ from torch import nn
 
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # goes into every checkpoint: the code that really ran
 
-
 Size = Literal["auto", "debug", "small", "atari", "atari-fast", "dmc-vision", "dmc-proprio", "crafter"]
 
 
@@ -92,7 +77,7 @@ class Args:
     num_envs: int = 1  # environments stepped together; code: 1
     action_repeat: int | None = None  # frames per policy step; Atari 4, dm_control 2, else 1
     atari_protocol: Literal["100k", "200m", "fast"] | None = None  # RGB | gray, sticky, 18 actions | the same, few
-    obs: Literal["vector", "image", "both"] = "image"  # dm_control only: state vectors, 64x64 camera, or both
+    obs: Literal["vector", "image", "both"] | None = None  # own observations, camera, both; dm_control: image, else own
     seed: int = 1  # of weights, sampling and environments
     size: Size = "auto"  # networks, losses, schedule; auto: atari-fast for ALE, dmc-* for dm_control, else small
     total_timesteps: int | None = None  # policy steps of all environments together; by --size, as all that says None
@@ -135,7 +120,7 @@ class Args:
     cuda_graph: bool = True  # replay the step of acting, and the whole update, as CUDA graphs on a GPU
     exp_name: str = Path(__file__).stem  # names the run
     run_root: str = "runs"  # folder of the run folders
-    resume: str | None = None  # run folder or checkpoint to go on from
+    resume: str | None = None  # run folder to go on from
     eval: str | None = None  # run folder or checkpoint to evaluate
     eval_episodes: int = 10  # episodes of --eval
     dream: str | None = None  # run folder or checkpoint to roll out in imagination, as dream.gif
@@ -175,54 +160,41 @@ PRESETS = {  # debug and small are ours: for a CPU
 COLUMNS = "debug", "small", "atari", "atari-fast", "dmc-vision", "crafter"
 SIZES = {size: {flag: row[i] for flag, row in PRESETS.items()} for i, size in enumerate(COLUMNS)}
 SIZES["dmc-proprio"] = SIZES["dmc-vision"]
+# fmt: on
 ATARI = {  # settings of ALE by --atari-protocol; fast: as in the code's last state
     "100k": dict(img_height=64, img_width=64, grayscale=False, full_action_space=False, repeat_action_probability=0.0),
     "200m": dict(img_height=64, img_width=64, grayscale=True, full_action_space=True, repeat_action_probability=0.25),
     "fast": dict(img_height=64, img_width=64, grayscale=True, full_action_space=False, repeat_action_probability=0.25),
 }
-# fmt: on
 SIDES = (64,)  # of images: the transposed convolutions end at 64
 
 
 def resolve(args: Args) -> Args:
-    """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins.
-
-    Stops with exit code 2 where flags are impossible or contradict each other.
-    """
+    """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins."""
     family = args.env_id.split("/")[0]
     if args.size == "auto":
         dmc = "dmc-proprio" if args.obs == "vector" else "dmc-vision"
         args = replace(args, size={"ALE": "atari-fast", "dm_control": dmc}.get(family, "small"))
     preset = {**SIZES[args.size], "action_repeat": {"ALE": 4, "dm_control": 2}.get(family, 1)}
+    preset["obs"] = "image" if family == "dm_control" else "vector"
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     rows = min(args.total_timesteps * 9 // 8, 2_000_000)  # an eighth for the rows of resets
     args = replace(args, buffer_size=rows if args.buffer_size is None else args.buffer_size)
-    positive = ["num_envs", "action_repeat", "total_timesteps", "batch_size", "train_every", "buffer_size", "stoch"]
-    positive += ["checkpoint_every", "slow_every", "eval_episodes", "classes", "deter", "hidden", "units", "depth"]
-    positive += ["learning_rate", "actor_learning_rate", "critic_learning_rate", "clip", "eps"]
-    for name, least in {**dict.fromkeys(positive, 0), "batch_length": 1, "imag_horizon": 1}.items():
-        if getattr(args, name) <= least:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than {least}")
-    for name in "prefill", "pretrain", "kl_scale", "cont_scale", "free_nats", "entropy_scale", "weight_decay":
-        if getattr(args, name) < 0:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: 0 or more")
-    for name in "rho", "kl_balance", "gamma", "lam":
-        if not 0 <= (getattr(args, name) or 0) <= 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: 0 to 1")
-    needed = args.num_envs * (args.batch_length + Agent.context)
-    if args.buffer_size // args.num_envs * args.num_envs < needed:
-        fail(f"--buffer-size {args.buffer_size}: a window takes {needed:,} rows; allowed: that many or more")
-    for name, only, usual in ("obs", "dm_control", Args.obs), ("atari_protocol", "ALE", preset["atari_protocol"]):
-        if getattr(args, name) != usual and family != only:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: with --env-id {only}/... only")
-    if args.track and not importlib.util.find_spec("wandb"):
-        fail("--track: Weights & Biases is missing; allowed after: pip install wandb")
+    positive = "train_every", "learning_rate", "actor_learning_rate", "critic_learning_rate", "clip", "eps"
+    least = dict(batch_length=2, imag_horizon=2, seed=0, prefill=0, pretrain=0) | dict.fromkeys(positive, 1e-12)
+    for name, value in asdict(args).items():
+        low = least.get(name, 1 if type(value) is int else 0)
+        high = 1 if name in ("rho", "kl_balance", "gamma", "lam") else float("inf")
+        if type(value) in (int, float) and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} {value}: allowed: {low:g} to {high:g}")
+    if args.buffer_size // args.num_envs < args.batch_length:
+        fail(f"--buffer-size {args.buffer_size}: allowed: --num-envs windows of --batch-length rows, or more")
+    if args.atari_protocol != preset["atari_protocol"] and family != "ALE":
+        fail(f"--atari-protocol {args.atari_protocol}: allowed: with --env-id ALE/... only")
     return args
 
 
 # === Part 1: the algorithm ============================================================================================
-
-# --- networks ---------------------------------------------------------------------------------------------------------
 
 
 def layer_norm(size, on=True):
@@ -262,23 +234,18 @@ class Encoder(nn.Module):
         if self.images:
             depths = [sum(obs_space[key].shape[-1] for key in self.images)] + [m * args.depth for m in (1, 2, 4, 8)]
             self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, 2) for a, b in zip(depths, depths[1:], strict=False))
-            self.convs.to(memory_format=torch.channels_last)
             self.norms = nn.ModuleList(layer_norm(depth, args.norm) for depth in depths[1:])
             self.size += 2 * 2 * depths[-1]
         self.apply(init_weights)
 
-    def preprocess(self, obs):
-        """{key: (B, T, ...)} -> what the model sees and predicts: images in -0.5 to 0.5; vectors as they are."""
-        return {key: x / 255 - 0.5 if key in self.images else x.float() for key, x in obs.items()}
-
     def forward(self, obs):
-        """Preprocessed {key: (B, T, ...)} -> (B, T, E)."""
+        """{key: (B, T, ...)} -> (B, T, E)."""
         tokens = []
         if self.vectors:
-            tokens.append(self.mlp(torch.cat([obs[key] for key in self.vectors], -1)))
+            tokens.append(self.mlp(torch.cat([obs[key].float() for key in self.vectors], -1)))
         if self.images:
             image = torch.cat([obs[key] for key in self.images], -1)
-            x = image.flatten(0, 1).permute(0, 3, 1, 2)  # channels-last memory: the permutes move no data
+            x = image.flatten(0, 1).permute(0, 3, 1, 2) / 255 - 0.5  # channels-last memory: the permutes move no data
             for conv, norm in zip(self.convs, self.norms, strict=True):
                 x = F.elu(norm(conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
             tokens.append(x.permute(0, 2, 3, 1).reshape(*image.shape[:2], -1))
@@ -286,7 +253,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features -> means of unit-variance normals. Images: linear, then 4 transposed convolutions: 1, 5, 13, 30, 64."""
+    """Features -> means of unit-variance normals; images from 0 to 1, by 4 transposed convolutions: 5, 13, 30, 64."""
 
     def __init__(self, obs_space, size, args):
         super().__init__()
@@ -300,7 +267,6 @@ class Decoder(nn.Module):
             depths = [m * args.depth for m in (32, 4, 2, 1)] + [sum(self.shapes[key][-1] for key in self.images)]
             self.linear, kernels = nn.Linear(size, depths[0]), (5, 5, 6, 6)
             self.convs = nn.ModuleList(nn.ConvTranspose2d(*depths[i : i + 2], k, 2) for i, k in enumerate(kernels))
-            self.convs.to(memory_format=torch.channels_last)
             self.norms = nn.ModuleList(layer_norm(depth, args.norm) for depth in depths[1:-1])
         self.apply(init_weights)
 
@@ -315,7 +281,7 @@ class Decoder(nn.Module):
             x = F.linear(x, first.weight.permute(2, 3, 1, 0).flatten(0, 2)).unflatten(1, (5, 5, -1)) + first.bias
             for norm, conv in zip(self.norms, self.convs[1:], strict=True):
                 x = conv(F.elu(norm(x)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # between layers: (N, H, W, C)
-            parts = x.float().unflatten(0, feat.shape[:2])
+            parts = x.float().unflatten(0, feat.shape[:2]) + 0.5
             out.update(zip(self.images, parts.split([self.shapes[key][-1] for key in self.images], -1), strict=True))
         return out
 
@@ -335,10 +301,7 @@ class Head(nn.Module):
 
 
 def sample_onehot(probs, noise=None):
-    """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
-
-    probs: (..., K) probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
-    """
+    """Exact categorical sample, no host sync: arg-max of p / noise, noise ~ Exp(1). (..., K) -> one-hot (..., K)."""
     noise = torch.rand_like(probs).log_().neg_() if noise is None else noise
     index = (probs.detach() / noise).argmax(-1, keepdim=True)
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
@@ -361,9 +324,7 @@ def truncated_icdf(u, mean, std):
 
 
 def truncated_sample(u, mean, std):
-    """The same value, a little within the bounds, with the code's gradient: that of mean + std e at a fixed e, as if
-    there were no bounds. The exact one, of truncated_icdf, shrinks where mean moves against a bound. (...) -> (...).
-    """
+    """The same within the bounds, with the code's gradient: that of mean + std e at fixed e, as if unbounded. (...)."""
     value = truncated_icdf(u, mean, std).clamp(-1 + 1e-6, 1 - 1e-6)  # which rounding makes infinite, once in millions
     sample = mean + std * ((value - mean) / std).detach()
     return sample + (value - sample).detach()
@@ -400,18 +361,13 @@ class Actor(Head):
             return (self.out(x).float().log_softmax(-1),)
         return self.out(x).float().tanh(), 2 * (self.std_out(x).float() / 2).sigmoid() + 0.1
 
-    def sample(self, feat):
-        """-> action (..., A), with a gradient: straight-through, or that of truncated_sample."""
+    def sample(self, feat, mode=False):
+        """-> action (..., A), with a gradient: straight-through, or that of truncated_sample. mode: the most likely."""
         dist = self.dist(feat)
-        if self.discrete:
-            probs = dist[0].exp()
-            return straight_through(sample_onehot(probs), probs)
-        return truncated_sample(torch.rand_like(dist[0]), *dist)
-
-    def mode(self, feat):
-        """-> the most likely action (..., A)."""
-        mean = self.dist(feat)[0]
-        return torch.zeros_like(mean).scatter_(-1, mean.argmax(-1, keepdim=True), 1.0) if self.discrete else mean
+        if not self.discrete:
+            return dist[0] if mode else truncated_sample(torch.rand_like(dist[0]), *dist)
+        probs = dist[0].exp()
+        return straight_through(sample_onehot(probs, torch.ones_like(probs) if mode else None), probs)
 
     def log_prob(self, dist, action):
         """dist: of the method above; action: (..., A) -> (...), in nats."""
@@ -423,9 +379,7 @@ class Actor(Head):
 
 
 class GRU(nn.Module):
-    """r, c, u = layer norm(W [x, h]), h' = h + sigmoid(u - 1) (tanh(sigmoid(r) c) - h). The norm is one over all three
-    parts, the reset gate comes after the product, and the -1 makes a new network remember.
-    """
+    """r, c, u = layer norm(W [x, h]), one over all three; h' = h + sigmoid(u - 1) (tanh(sigmoid(r) c) - h)."""
 
     def __init__(self, inputs, size):
         super().__init__()
@@ -438,9 +392,6 @@ class GRU(nn.Module):
         return torch.lerp(h, torch.tanh(reset.sigmoid() * cand), (update - 1).sigmoid())
 
 
-# --- world model ------------------------------------------------------------------------------------------------------
-
-
 class RSSM(nn.Module):
     """Recurrent state-space model, Eq. 1: h_t = f(h, z, a of t-1), posterior z_t ~ q(h_t, x_t), prior z_t ~ p(h_t)."""
 
@@ -451,7 +402,7 @@ class RSSM(nn.Module):
         self.inputs, self.inputs_norm = nn.Linear(sum(self.split), U), layer_norm(U, args.norm)
         self.post_in, self.post_norm = nn.Linear(D + embed_size, U), layer_norm(U, args.norm)
         self.post_out = nn.Linear(U, S * K)
-        self.prior_net = nn.Sequential(*mlp(D, U, 1, args.norm), nn.Linear(U, S * K))
+        self.prior = nn.Sequential(*mlp(D, U, 1, args.norm), nn.Linear(U, S * K), nn.Unflatten(-1, (S, K)))
         self.cell = GRU(U, D)
         self.apply(init_weights)
 
@@ -459,10 +410,6 @@ class RSSM(nn.Module):
         """Zeros: {"deter": (B, D), "stoch": (B, S, K)}."""
         zeros, args = self.inputs.weight.new_zeros, self.args
         return {"deter": zeros(B, args.deter), "stoch": zeros(B, args.stoch, args.classes)}
-
-    def core(self, deter, x):
-        """h' = f(h, x): (N, D) and what the input layer makes of z and a, (N, U) -> (N, D)."""
-        return self.cell(F.elu(self.inputs_norm(x)), deter)
 
     def dist(self, logits):
         """-> log-probabilities (..., S, K), float32."""
@@ -473,20 +420,14 @@ class RSSM(nn.Module):
         probs = self.dist(logits).exp()
         return straight_through(sample_onehot(probs, noise), probs)
 
-    def prior(self, deter):
-        """Logits of p(z | h): (..., D) -> (..., S, K)."""
-        return self.prior_net(deter).unflatten(-1, (self.args.stoch, -1))
-
     def feat(self, state):
         """[z, h]: (..., S, K), (..., D) -> (..., F)."""
         return torch.cat([state["stoch"].flatten(-2), state["deter"]], -1)
 
     def observe(self, embed, action, is_first, state, noise=None):
-        """Filter T observations. embed: (B, T, E); action: (B, T, A), the one that led to each step; is_first: (B, T);
-        state: of the step before; noise: (B, T, S, K) ~ Exp(1), drawn if None.
-
-        -> {"deter": (B, T, D), "stoch": (B, T, S, K), "logits": (B, T, S, K)} of the posterior. Only what depends on h
-        is in the loop: the shares of actions and embeddings are computed for all T at once.
+        """Filter T observations; what does not depend on h is computed for all T at once. embed: (B, T, E); action:
+        (B, T, A), the one that led to each step; is_first: (B, T); state: of the step before; noise: (B, T, S, K)
+        ~ Exp(1), drawn if None. -> posterior, {"deter": (B, T, D), "stoch": (B, T, S, K), "logits": (B, T, S, K)}.
         """
         (B, T), S, K = is_first.shape, self.args.stoch, self.args.classes
         keep = 1 - is_first.float()  # (B, T)
@@ -500,7 +441,8 @@ class RSSM(nn.Module):
         deter, stoch, states = state["deter"], state["stoch"], []
         for t in range(T):
             deter, stoch = deter * keep[:, t, None], stoch * keep[:, t, None, None]
-            deter = self.core(deter, F.linear(stoch.flatten(1).to(dtype), weight_stoch) + action_hidden[:, t])
+            x = F.linear(stoch.flatten(1).to(dtype), weight_stoch) + action_hidden[:, t]
+            deter = self.cell(F.elu(self.inputs_norm(x)), deter)
             x = F.linear(deter.to(dtype), weight_deter) + embed_hidden[:, t]
             logits = self.post_out(F.elu(self.post_norm(x))).unflatten(-1, (S, -1))
             stoch = self.draw(logits, noise[:, t])
@@ -509,67 +451,49 @@ class RSSM(nn.Module):
         return {"deter": deter, "stoch": stoch, "logits": logits}
 
     def imagine(self, state, policy, horizon):
-        """Roll the prior forward. state: N start states; policy: features (N, F) -> action (N, A).
-
-        -> features (N, H+1, F) beginning with the start, and the H actions (N, H, A). Gradients flow through both.
-        """
+        """Roll the prior forward; policy: (N, F) -> (N, A). -> feat (N, H+1, F) with the start, actions (N, H, A)."""
         feats, actions = [self.feat(state)], []
         for _ in range(horizon):
             actions.append(policy(feats[-1]))
-            deter = self.core(state["deter"], self.inputs(torch.cat([state["stoch"].flatten(1), actions[-1]], -1)))
+            x = self.inputs(torch.cat([state["stoch"].flatten(1), actions[-1]], -1))
+            deter = self.cell(F.elu(self.inputs_norm(x)), state["deter"])
             state = {"deter": deter, "stoch": self.draw(self.prior(deter))}
             feats.append(self.feat(state))
         return torch.stack(feats, 1), torch.stack(actions, 1)
 
 
-# --- optimiser --------------------------------------------------------------------------------------------------------
-
-
 class Adam:
     """TensorFlow's Adam after clipping and decay, for groups of parameters that are stepped one by one: eps is added
     before the second moment is corrected, and decay is not multiplied by the learning rate. For each p with gradient g:
-
     g <- g min(1, clip / |all g|),  p <- (1 - decay) p,  m <- 0.9 m + 0.1 g,  v <- 0.999 v + 0.001 g^2
     p <- p - lr sqrt(1 - 0.999^t) / (1 - 0.9^t) m / (sqrt(v) + eps)
-
     Counters live on the device, where a CUDA graph can advance them. groups: {name: (parameters, learning rate)}.
     """
 
     def __init__(self, groups, args):
-        self.groups, self.args, self.state = groups, args, {}
+        self.groups, self.args, self.moments, self.state = groups, args, {}, []  # state: what a checkpoint holds
         for name, (params, _) in groups.items():
             momentum, mean_square = ([torch.zeros_like(p) for p in params] for _ in range(2))
             count = torch.zeros((), dtype=torch.float64, device=params[0].device)  # t
-            self.state[name] = {"momentum": momentum, "mean_square": mean_square, "count": count}
+            self.moments[name] = momentum, mean_square, count
+            self.state += [*momentum, *mean_square, count]
 
     @torch.no_grad()
     def step(self, name, grads):
         """grads: one tensor per parameter of the group. -> its gradient norm before clipping, ()."""
-        (params, rate), args, state = self.groups[name], self.args, self.state[name]
-        norm, t = torch.stack(torch._foreach_norm(grads)).square().sum().sqrt(), state["count"].add_(1)
+        (params, rate), (momentum, mean_square, count), args = self.groups[name], self.moments[name], self.args
+        norm, t = torch.stack(torch._foreach_norm(grads)).square().sum().sqrt(), count.add_(1)
         grads = torch._foreach_mul(grads, (args.clip / norm).clamp(max=1))
         torch._foreach_mul_(params, 1 - args.weight_decay)
-        torch._foreach_lerp_(state["momentum"], grads, 0.1)
-        torch._foreach_mul_(state["mean_square"], 0.999)
-        torch._foreach_addcmul_(state["mean_square"], grads, grads, 0.001)
-        scale = torch._foreach_sqrt(state["mean_square"])
+        torch._foreach_lerp_(momentum, grads, 0.1)
+        torch._foreach_mul_(mean_square, 0.999)
+        torch._foreach_addcmul_(mean_square, grads, grads, 0.001)
+        scale = torch._foreach_sqrt(mean_square)
         torch._foreach_add_(scale, args.eps)
-        change = torch._foreach_div(state["momentum"], scale)
+        change = torch._foreach_div(momentum, scale)
         rate = rate * (1 - 0.999**t).sqrt() / (1 - 0.9**t)
         torch._foreach_sub_(params, torch._foreach_mul(change, rate.float()))
         return norm
-
-    def state_dict(self):
-        return self.state
-
-    def load_state_dict(self, state):
-        for name, own in self.state.items():
-            for key in "momentum", "mean_square":
-                torch._foreach_copy_(own[key], state[name][key])
-            own["count"].copy_(state[name]["count"])
-
-
-# --- agent ------------------------------------------------------------------------------------------------------------
 
 
 def kl_categorical(logp, logq):
@@ -579,9 +503,7 @@ def kl_categorical(logp, logq):
 
 def kl_loss(post, prior, free_nats, balance):
     """Algorithm 2: balance KL(sg(post) || prior) + (1 - balance) KL(post || sg(prior)), the mean over steps -> ().
-
-    post, prior: log-probabilities (..., S, K). The prior learns faster than the posterior is pulled towards it.
-    free_nats bounds the mean from below; at balance 0.5, which is no balancing but the plain KL in the code, each step.
+    Both: ln p (..., S, K). free_nats bounds the mean from below; at balance 0.5, the plain KL in the code, each step.
     """
     if balance == 0.5:
         return kl_categorical(post, prior).clamp(min=free_nats).mean()
@@ -591,10 +513,7 @@ def kl_loss(post, prior, free_nats, balance):
 
 
 def lambda_return(reward, value, disc, lam):
-    """Eq. 4: V_t = r_t + disc_t ((1 - lam) v_{t+1} + lam V_{t+1}), with V_H = v_H.
-
-    reward, value, disc: (..., H+1), index t is what belongs to state t -> (..., H). DreamerV3's begin with r_{t+1}.
-    """
+    """Eq. 4: V_t = r_t + disc_t ((1 - lam) v_{t+1} + lam V_{t+1}), V_H = v_H; DreamerV3: r_{t+1}. (..., H+1) -> H."""
     returns = [value[..., -1]]
     for t in range(value.shape[-1] - 2, -1, -1):
         returns.append(reward[..., t] + disc[..., t] * ((1 - lam) * value[..., t + 1] + lam * returns[-1]))
@@ -602,10 +521,8 @@ def lambda_return(reward, value, disc, lam):
 
 
 def actor_loss(logp, entropy, returns, baseline, weight, rho, entropy_scale):
-    """Eq. 6: -w_t (rho ln pi(a_t|z_t) sg(V_t - v_t) + (1 - rho) V_t + eta H_t). All (N, H-1) -> (N, H-1).
-
-    The first part scores the actions taken, without bias; the second, of low variance, follows the gradient of the
-    return through the learned dynamics back to the actions, past discrete samples with straight-through gradients.
+    """Eq. 6: -w_t (rho ln pi(a_t|z_t) sg(V_t - v_t) + (1 - rho) V_t + eta H_t). All (N, H-1) -> (N, H-1). REINFORCE has
+    no bias; the gradient of V_t through the learned dynamics, straight through discrete samples, has little variance.
     """
     objective = rho * logp * (returns - baseline).detach() + (1 - rho) * returns
     return -weight.detach() * (objective + entropy_scale * entropy)
@@ -617,12 +534,7 @@ def critic_loss(value, returns, weight):
 
 
 class Agent(nn.Module):
-    """World model, actor and critic, each with losses and an optimiser step of its own.
-
-    obs_space: Dict of uint8 images (H, W, C) and float32 vectors; action_space: Discrete or Box, of one environment.
-    """
-
-    context = 0  # rows before the trained window: none, it starts from a zero state without an action
+    """World model, actor and critic: own losses, own optimiser steps. Spaces: of one environment, by make_envs."""
 
     def __init__(self, obs_space, action_space, args):
         super().__init__()
@@ -635,12 +547,12 @@ class Agent(nn.Module):
         self.cont = Head(size, 1, args) if args.cont_scale else None
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.rho = float(self.actor.discrete) if args.rho is None else args.rho
-        self.to(self.device)
+        self.to(self.device, memory_format=torch.channels_last)
         self.params = [p for p in self.parameters() if p.requires_grad]
         groups = {"actor": (list(self.actor.parameters()), args.actor_learning_rate)}
         groups["critic"] = list(self.critic.parameters()), args.critic_learning_rate
-        taken = {id(p) for params, _ in groups.values() for p in params}
-        groups["model"] = [p for p in self.params if id(p) not in taken], args.learning_rate
+        parts = [self.encoder, self.decoder, self.rssm, self.reward] + ([self.cont] if self.cont else [])
+        groups["model"] = list(nn.ModuleList(parts).parameters()), args.learning_rate
         self.optimizer = Adam(groups, args)
 
     def autocast(self):
@@ -652,16 +564,10 @@ class Agent(nn.Module):
         """State of B environments before their first observation."""
         return {**self.rssm.initial(B), "action": torch.zeros(B, self.actor.size, device=self.device)}
 
-    def onehot(self, index):
-        """(...) -> (..., A) float32; F.one_hot would wait for the device."""
-        return (index[..., None] == torch.arange(self.actor.size, device=self.device)).float()
-
     def previous(self, batch):
-        """What a window says of the time before each row: the action that led to it (B, T, A), zero in the first row,
-        where also the state begins anew; is_first (B, T).
-        """
-        action = batch["action"]
-        action = self.onehot(action) if self.actor.discrete else action.reshape(*action.shape[:2], -1).float()
+        """The action that led to each row (B, T, A), zero in the first, where the state begins; is_first (B, T)."""
+        onehot = torch.eye(self.actor.size, device=self.device)  # F.one_hot would wait for the device
+        action = onehot[batch["action"]] if self.actor.discrete else batch["action"].flatten(2).float()
         action = torch.cat([torch.zeros_like(action[:, :1]), action[:, :-1]], 1)  # (B, T, A)
         is_first = torch.cat([torch.ones_like(batch["is_first"][:, :1]), batch["is_first"][:, 1:]], 1)  # (B, T)
         return action, is_first
@@ -673,45 +579,40 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, inputs, eval=False, random=False):
-        """-> the next state, with "action" (N, A) for what to do now. eval: the most likely action; random: a uniform
-        one, where the observation is not looked at, and the latent state begins anew.
-        """
+        """-> the next state, with "action" (N, A): a sample; eval: the most likely; random: uniform, without a look."""
         if random:
-            draw = torch.rand(len(inputs["is_first"]), self.actor.size, device=self.device)  # (N, A)
-            action = self.onehot(draw.argmax(-1)) if self.actor.discrete else 2 * draw - 1
-            return {**self.rssm.initial(len(draw)), "action": action}
-        obs = self.encoder.preprocess({key: inputs[key][:, None] for key in self.decoder.shapes})
+            like = inputs["action"]  # (N, A)
+            action = sample_onehot(torch.ones_like(like)) if self.actor.discrete else 2 * torch.rand_like(like) - 1
+            return {**self.rssm.initial(len(like)), "action": action}
+        obs = {key: inputs[key][:, None] for key in self.decoder.shapes}
         with self.autocast():
             post = self.rssm.observe(self.encoder(obs), inputs["action"][:, None], inputs["is_first"][:, None], inputs)
             state = {key: post[key][:, 0] for key in ("deter", "stoch")}
             feat = self.rssm.feat(state)  # (N, F)
-            return {**state, "action": self.actor.mode(feat) if eval else self.actor.sample(feat)}
+            return {**state, "action": self.actor.sample(feat, mode=eval)}
 
     def env_action(self, state):
         """State of act -> actions for the vector environment, int64 (N,) or float32 (N, ...). Waits for the device."""
-        action = state["action"]  # (N, A)
-        action = action.argmax(-1) if self.actor.discrete else action.view(-1, *self.action_space.shape)
-        return action.cpu().numpy()
+        action = state["action"].cpu().numpy()  # (N, A)
+        return action.argmax(-1) if self.actor.discrete else action.reshape(-1, *self.action_space.shape)
 
     def model_losses(self, batch):
-        """Eq. 2. -> losses, each (B, T), but the KL, whose bound is one of the mean: (); features (B, T, F); posterior;
-        statistics.
-        """
+        """Eq. 2. -> losses (B, T), the KL (), as its bound is one of the mean; feat (B, T, F); posterior; stats."""
         args, (action, is_first) = self.args, self.previous(batch)
-        obs = self.encoder.preprocess({key: batch[key] for key in self.decoder.shapes})
         with self.autocast():
-            post = self.rssm.observe(self.encoder(obs), action, is_first, self.rssm.initial(len(action)))
+            post = self.rssm.observe(self.encoder(batch), action, is_first, self.rssm.initial(len(action)))
             feat = self.rssm.feat(post)  # (B, T, F)
             prior_logits = self.rssm.prior(post["deter"])  # (B, T, S, K)
             recon = self.decoder(feat)
             reward = self.reward(feat)[..., 0]  # (B, T)
             cont_logit = self.cont(feat)[..., 0] if self.cont else None
-        losses = {}
-        for kind, keys in ("image", self.decoder.images), ("vector", self.decoder.vectors):
-            if keys:  # -ln N(x; mean, 1) without its constant: half the squared error, summed
-                losses[kind] = sum((recon[key] - obs[key]).square().flatten(2).sum(2) / 2 for key in keys)
         target = batch["reward"].tanh() if args.tanh_reward else batch["reward"]  # (B, T)
-        losses["reward"] = (reward - target).square() / 2
+        losses = {"reward": (reward - target).square() / 2}
+        if self.decoder.images:  # -ln N(x; mean, 1) without its constant: half the squared error, summed
+            errors = [recon[key] - batch[key] / 255 for key in self.decoder.images]
+            losses["image"] = sum(error.square().sum((2, 3, 4)) / 2 for error in errors)
+        if self.decoder.vectors:
+            losses["vector"] = sum((recon[key] - batch[key]).square().sum(2) / 2 for key in self.decoder.vectors)
         if self.cont:  # it learns the discounted probability, so imagination needs no gamma of its own
             cont = (1 - batch["is_terminal"].float()) * args.gamma  # (B, T)
             losses["cont"] = F.binary_cross_entropy_with_logits(cont_logit, cont, reduction="none")
@@ -723,14 +624,10 @@ class Agent(nn.Module):
         return losses, feat, post, stats
 
     def imagine(self, post, is_terminal):
-        """H steps from every replayed state, whose own gradient is stopped. post: {key: (B, T, ...)}.
-
-        -> features (N, H+1, F), actions (N, H, A), and reward, discount, slow value, each (N, H+1). The policy sees
-        features without gradient: where there is one, it flows through the dynamics only.
-        """
+        """H steps from every replayed state. -> features, actions (N, H, A), reward, discount, slow value (N, H+1)."""
         start = {key: post[key].detach().flatten(0, 1) for key in ("deter", "stoch")}
         with self.autocast():
-            policy = lambda feat: self.actor.sample(feat.detach())
+            policy = lambda feat: self.actor.sample(feat.detach())  # what gradient there is, is of the dynamics
             feat, action = self.rssm.imagine(start, policy, self.args.imag_horizon)
             reward, slow_value = self.reward(feat)[..., 0], self.slow_critic(feat)[..., 0]  # (N, H+1)
             disc = self.cont(feat)[..., 0].sigmoid() if self.cont else torch.full_like(reward, self.args.gamma)
@@ -764,9 +661,7 @@ class Agent(nn.Module):
         return {"actor": actor, "critic": critic}, {f"stats/{key}": x.detach().mean() for key, x in stats.items()}
 
     def update(self, batch):
-        """One gradient step of each of the three on B windows of T rows (Replay.sample), without any host sync, so that
-        a CUDA graph can capture it. -> statistics, 0-d tensors on the device.
-        """
+        """A gradient step of each of the three, without host sync. batch: Replay.sample -> 0-d statistics."""
         args = self.args
         model, _, post, stats = self.model_losses(batch)
         losses = {key: loss.mean() for key, loss in model.items()}
@@ -780,22 +675,17 @@ class Agent(nn.Module):
         for key in behaviour:
             stats[f"stats/{key}_grad_norm"] = self.optimizer.step(key, grads[key])
         with torch.no_grad():
-            due = (self.optimizer.state["critic"]["count"] - 1) % args.slow_every == 0  # the first one, too
+            due = (self.optimizer.moments["critic"][2] - 1) % args.slow_every == 0  # the first one, too
             for slow, p in zip(self.slow_critic.parameters(), self.critic.parameters(), strict=True):
                 slow.copy_(torch.where(due, p, slow))
-        losses = {f"losses/{key}": loss for key, loss in {**losses, **behaviour}.items()}
-        return {key: x.detach() for key, x in {**stats, **more_stats, **losses}.items()}
-
-
-# --- replay -----------------------------------------------------------------------------------------------------------
+        stats |= more_stats | {f"losses/{key}": loss for key, loss in {**losses, **behaviour}.items()}
+        return {key: x.detach() for key, x in stats.items()}
 
 
 class Replay:
     """Ring buffer of capacity // num_envs rows for each environment; all environments add a row at a time together.
-
-    Windows lie within one finished episode: an episode is drawn uniformly, then a place in it, with ends=True as if the
-    last place existed T more times, since rewards and ends are what is rare. An episode shorter than the window is used
-    from its start, and the window runs on into what follows.
+    Windows lie within one finished episode: it is drawn uniformly, then a place in it, with ends=True as if the last
+    place existed T more times. One that is too short is used from its start, and the window runs on into what follows.
     """
 
     def __init__(self, capacity, num_envs, obs_space, action_space, device, ends=False):
@@ -810,7 +700,6 @@ class Replay:
         self.data = {key: zeros(*shape, dtype=dtype) for key, (shape, dtype) in spec.items()}
         self.rows = 0  # added so far for each environment, kept or not
         self.starts = [[] for _ in range(num_envs)]  # rows at which the episodes of each environment begin
-        self.finished = None  # environment, first row and end of each finished episode: a cache
         self.files = []  # (first row, end row, name) of what save has written
 
     def windows(self, T):
@@ -825,20 +714,13 @@ class Replay:
         for starts, is_first in zip(self.starts, row["is_first"], strict=True):
             if is_first:
                 starts.append(self.rows - 1)
-                self.finished = None
             while len(starts) > 1 and starts[1] <= self.rows - self.length:
                 starts.pop(0)  # the whole episode has left the ring
-                self.finished = None
 
     def episodes(self):
-        """Environment, first row and end of each finished episode, or of those under way if there is none yet, with
-        rows that have left the ring. -> (episodes, 3).
-        """
-        if self.finished is None:
-            pairs = [(env, *pair) for env, starts in enumerate(self.starts) for pair in pairwise(starts)]
-            self.finished = torch.tensor(pairs)
-        running = [(env, starts[0], self.rows) for env, starts in enumerate(self.starts)]
-        return self.finished if len(self.finished) else torch.tensor(running)
+        """Environment, first row, end of each finished episode, or of those under way if there is none. -> (n, 3)"""
+        pairs = [(env, *pair) for env, starts in enumerate(self.starts) for pair in pairwise(starts)]
+        return torch.tensor(pairs or [(env, starts[0], self.rows) for env, starts in enumerate(self.starts)])
 
     def sample(self, B, T):
         """-> {key: (B, T, ...)}, and "index" (B, T). is_last also marks an episode that was abandoned."""
@@ -856,8 +738,10 @@ class Replay:
         return {**batch, "index": index}
 
     def save(self, folder):
-        """Write the rows added since the last call. -> what load needs."""
+        """Write the rows added since the last call, delete files that no checkpoint names. -> what load needs."""
         folder.mkdir(exist_ok=True)
+        for path in set(folder.iterdir()) - {folder / name for _, _, name in self.files}:
+            path.unlink()
         oldest = max(0, self.rows - self.length)
         self.files = [file for file in self.files if file[1] > oldest]
         first = max([oldest] + [end for _, end, _ in self.files])
@@ -865,26 +749,14 @@ class Replay:
             places = torch.arange(first, self.rows, device=self.device) % self.length
             self.files.append((first, self.rows, f"rows-{first}-{self.rows}.pt"))
             save(folder / self.files[-1][2], **{key: ring[places].cpu() for key, ring in self.data.items()})
-        return {"rows": self.rows, "files": self.files}
-
-    def sweep(self, folder):
-        """Delete what the checkpoint does not name: rows that left the ring, and what a crash left behind."""
-        for path in folder.iterdir():
-            if path.name not in {name for _, _, name in self.files}:
-                path.unlink()
+        return {"rows": self.rows, "starts": self.starts, "files": self.files}
 
     def load(self, folder, state):
         """Read back what save wrote, into a replay of the same size."""
-        self.rows, self.files = state["rows"], state["files"]
+        self.rows, self.starts, self.files = state["rows"], state["starts"], state["files"]
         for first, end, name in self.files:
             for key, values in load(folder / name).items():
                 self.data[key][torch.arange(first, end) % self.length] = values.to(self.device)
-        oldest = max(0, self.rows - self.length)
-        first = self.data["is_first"][torch.arange(oldest, self.rows) % self.length].cpu()
-        first[:1] = True  # of an episode whose beginning has left the ring
-        self.starts = [(oldest + first[:, n].nonzero()[:, 0]).tolist() for n in range(self.num_envs)]
-        self.finished = None
-        self.sweep(folder)  # only now: a checkpoint that cannot be read deletes nothing
 
 
 # === Part 2: training =================================================================================================
@@ -892,36 +764,29 @@ class Replay:
 
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
-    modes = [f"--{name}" for name in ("resume", "eval", "dream") if getattr(args, name)]
-    if len(modes) > 1:
-        fail(f"{' '.join(modes)}: one of them at a time is allowed")
     if args.eval or args.dream:
         return show(args)
     saved = load(args.resume, need=("args", "agent", "now")) if args.resume else None
     args = resolve(inherit(args, args.resume, saved["args"], RESUMED) if saved else args)
     tune(args)
+    now = saved["now"] if saved else dict(step=0, updates=0, first_step=None, recent=[])
+    step, updates, first_step, recent = (now[key] for key in ("step", "updates", "first_step", "recent"))
     for seed in random.seed, np.random.seed, torch.manual_seed:
-        seed(args.seed)
+        seed(args.seed + step)  # a resumed run draws new numbers
     envs = make_envs(args.env_id, args.num_envs, args.seed, args)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     agent = Agent(obs_space, action_space, args)
     device, cuda, state = agent.device, agent.device.type == "cuda", agent.initial(args.num_envs)
     replay = Replay(args.buffer_size, args.num_envs, obs_space, action_space, device, args.ends)
     update, act = (Captured(fn, args.cuda_graph and cuda) for fn in (agent.update, agent.act))
-    step, updates, first_step, recent = 0, 0, None, []  # first_step: at the first update; recent: last 20 returns
     if saved:  # new episodes begin: the interrupted ones stand in the replay as abandoned
-        load_weights(agent, saved, args.resume)
-        agent.optimizer.load_state_dict(saved["optimizer"])
-        replay.load(run_folder(args.resume) / "replay", saved["replay"])
-        torch.set_rng_state(saved["random"])
-        if cuda and saved["cuda_random"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_random"], device)
-        step, updates, first_step, recent = (saved["now"][x] for x in ("step", "updates", "first_step", "recent"))
+        agent.load_state_dict(saved["agent"])
+        torch._foreach_copy_(agent.optimizer.state, saved["optimizer"])
+        replay.load(Path(args.resume) / "replay", saved["replay"])
     run_dir, writer = open_run(args, agent, replay, saved)
-    rows, replayed = args.batch_length + Agent.context, args.batch_size * args.batch_length  # in a window; by an update
+    rows, replayed = args.batch_length, args.batch_size * args.batch_length  # in a window; by an update
     often = f"per {args.train_every:g} policy steps: each is replayed {replayed / args.train_every:g} times"
-    late = "  <-- WARNING: the run ends before, and trains nothing" if args.prefill >= args.total_timesteps else ""
-    print(f"training  an update on {replayed:,} steps {often}; first {args.prefill:,} random ones{late}", flush=True)
+    print(f"training  an update on {replayed:,} steps {often}; first {args.prefill:,} random ones", flush=True)
     row, stats, began, since = start_row(envs, args.seed + step), {}, time.time(), step
     returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the episodes that go on
     try:
@@ -955,26 +820,24 @@ def train(args: Args) -> dict:
                 charts = {"charts/SPS": speed, "charts/frames": step * args.action_repeat, "charts/updates": updates}
                 for key, value in {**finite(stats), **charts}.items():
                     writer.add_scalar(key, value, step)
-                score, loss = np.mean(recent or [np.nan]), stats.get("losses/total", np.nan)
-                line = f"step {step:,}/{args.total_timesteps:,}  return {score:.1f}  updates {updates:,}"
                 left = int(max(0, args.total_timesteps - step) / speed / 60)  # minutes
-                print(f"{line}  loss {loss:.1f}  {speed:.1f} steps/s  left {left // 60}:{left % 60:02} h", flush=True)
+                line = f"step {step:,}/{args.total_timesteps:,}  return {np.mean(recent or [np.nan]):.1f}"
+                line += f"  updates {updates:,}  {speed:.1f} steps/s  left {left // 60}:{left % 60:02} h"
+                print(line, flush=True)
                 began, since = time.time(), step
             if done or before // args.checkpoint_every < step // args.checkpoint_every:
                 finite(stats)  # what is broken is not saved
                 if replay.windows(rows):
                     video = open_loop(agent, replay.sample(6, rows))
-                    save_gif(run_dir / "open_loop.gif", video, writer, step)
-                now = {"step": step, "updates": updates, "first_step": first_step, "recent": recent}
-                parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now}
+                    save_gif(run_dir / "open_loop.gif", video)
+                    writer.add_image("open_loop", video[-1], step, dataformats="HWC")  # the farthest prediction
+                now = dict(step=step, updates=updates, first_step=first_step, recent=recent)
+                parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state, "now": now}
                 parts |= {"replay": replay.save(run_dir / "replay"), "args": asdict(args), "source": SOURCE}
-                parts |= {"cuda_random": torch.cuda.get_rng_state(device) if cuda else None}
-                save(run_dir / "checkpoint.pt", **parts, random=torch.get_rng_state())
-                replay.sweep(run_dir / "replay")  # only now: a crash leaves the old checkpoint and the files it names
+                save(run_dir / "checkpoint.pt", **parts)
                 writer.flush()
     except Exception as error:
-        last = f"{run_dir} holds the last checkpoint" if (run_dir / "checkpoint.pt").exists() else "no checkpoint yet"
-        raise RuntimeError(f"policy step {step:,}: {type(error).__name__}: {error} ({last})") from error
+        raise RuntimeError(f"policy step {step:,} of {run_dir}: {type(error).__name__}: {error}") from error
     finally:
         writer.close()  # first: the environments of a broken simulator may raise again
         envs.close()
@@ -985,25 +848,19 @@ def train(args: Args) -> dict:
 @torch.no_grad()
 def open_loop(agent, batch):
     """What the model knows: up to six windows side by side, with truth, model and error from top to bottom. It observes
-    a quarter (green bar) and predicts the rest from the actions (red), not knowing of resets. batch: Replay.sample ->
-    uint8 (T, H, W, 3).
+    a quarter (green bar) and predicts the rest from the actions (red). batch: Replay.sample -> uint8 (T, H, W, 3).
     """
     batch = {key: x[:6].to(agent.device) for key, x in batch.items()}
     obs, (action, is_first) = {key: batch[key] for key in agent.decoder.shapes}, agent.previous(batch)
     seen = max(1, is_first.shape[1] // 4)
     with agent.autocast():
-        embed = agent.encoder(agent.encoder.preprocess({key: x[:, :seen] for key, x in obs.items()}))
+        embed = agent.encoder({key: x[:, :seen] for key, x in obs.items()})
         post = agent.rssm.observe(embed, action[:, :seen], is_first[:, :seen], agent.rssm.initial(len(embed)))
         last, plan = {key: x[:, -1] for key, x in post.items()}, iter(action[:, seen:].unbind(1))
         feat, _ = agent.rssm.imagine(last, lambda _: next(plan), is_first.shape[1] - seen)
-        model = picture(shown(agent.decoder(torch.cat([agent.rssm.feat(post), feat[:, 1:]], 1))))
-    truth = picture({key: x if x.dtype == torch.uint8 else x.float() for key, x in obs.items()})
+        model = picture(agent.decoder(torch.cat([agent.rssm.feat(post), feat[:, 1:]], 1)))
+    truth = picture(obs)
     return film(torch.cat([truth, model, (model - truth + 255) / 2], 2), seen)
-
-
-def shown(recon):
-    """Predicted images, in -0.5 to 0.5, to 0 to 1."""
-    return {key: (x + 0.5).clamp(0, 1) if x.dim() == 5 else x for key, x in recon.items()}
 
 
 @torch.no_grad()
@@ -1014,7 +871,7 @@ def dream(agent, args, steps=64):
     envs.close()
     with agent.autocast():
         feat, _ = agent.rssm.imagine(state, agent.actor.sample, steps)
-        return film(picture(shown(agent.decoder(feat))), seen=1)
+        return film(picture(agent.decoder(feat)), seen=1)
 
 
 # === Part 3: plumbing, the same in planet, dreamerv2 and dreamerv3 ====================================================
@@ -1025,11 +882,9 @@ OF_A_CALL = dict(resume=None, eval=None, dream=None, device="auto", track=False)
 
 
 class Captured:
-    """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
-
-    For inputs of new shapes the first three calls run eagerly, while cuDNN and the allocator settle; then the function
-    is captured and only replayed. The next call overwrites the results. What else the function reads, such as flags, is
-    frozen at capture; each shape keeps a graph of its own.
+    """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch, not thousands. For new
+    shapes the first three calls run eagerly, while cuDNN and the allocator settle; then the function is captured and
+    only replayed. The next call overwrites the results. What else the function reads, such as flags, is frozen.
     """
 
     def __init__(self, fn, on):
@@ -1068,16 +923,13 @@ def fail(message):
 
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
-    gpus = torch.cuda.device_count()
-    try:
-        device = torch.device(args.device if args.device != "auto" else "cuda" if gpus else "cpu")
-        assert device.type == "cpu" or device.type == "cuda" and (device.index or 0) < gpus
-    except (AssertionError, RuntimeError):
-        fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...; PyTorch sees {gpus} GPUs")
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)  # a graph is captured on the current device
-    return device
+    known = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    name = {"auto": known[:2][-1], "cuda": "cuda:0"}.get(args.device, args.device)
+    if name not in known:
+        fail(f"--device {args.device}: allowed on this machine: auto, {', '.join(known)}")
+    if name != "cpu":
+        torch.cuda.set_device(name)  # a graph is captured on the current device
+    return torch.device(name)
 
 
 def replay_device(capacity, row_bytes, device):
@@ -1093,86 +945,54 @@ def replay_device(capacity, row_bytes, device):
 
 
 def tune(args):
-    """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
-    again page by page is half of a CPU update.
-    """
+    """Settings of the process that make updates fast."""
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL("libc.so.6")
+        libc = ctypes.CDLL("libc.so.6")  # it gives large blocks back, and to fetch them again is half of a CPU update
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map no block on its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
-    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")  # medium: oneDNN, float32 without AMX
+    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")  # medium: oneDNN on a CPU
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = args.bf16, True
 
 
 # --- environments -----------------------------------------------------------------------------------------------------
-
-
-class DMControl(gym.Env):
-    """dm_control/<domain>-<task>-v0. Episodes end by time limit (discount still 1): truncated, not terminated."""
-
-    def __init__(self, env_id, obs, repeat=1, size=64):
-        if sys.platform == "linux":
-            os.environ.setdefault("MUJOCO_GL", "egl")  # headless; must be set before the first import
-        self.domain, _, self.task = env_id.removeprefix("dm_control/").removesuffix("-v0").partition("-")
-        self.obs, self.repeat, self.size, self.camera = obs, repeat, size, 2 if self.domain == "quadruped" else 0
-        try:
-            from dm_control import suite
-
-            self.suite = suite
-            first, _ = self.reset(seed=0)
-        except (AttributeError, ImportError, RuntimeError) as error:  # as a rule: no renderer, or no package
-            raise ValueError(f"{error}; allowed: with dm_control and libegl, or MUJOCO_GL=disable") from error
-        box = lambda x: spaces.Box(*((0, 255) if x.dtype == np.uint8 else (-np.inf, np.inf)), x.shape, x.dtype)
-        self.observation_space = spaces.Dict({key: box(x) for key, x in first.items()})
-        spec = self.env.action_spec()
-        self.action_space = spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
-
-    def observe(self, step):
-        vectors = {key: np.float32(x).reshape(-1) for key, x in step.observation.items() if np.size(x)}
-        return (vectors if self.obs != "image" else {}) | ({"image": self.render()} if self.obs != "vector" else {})
-
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            self.env = self.suite.load(self.domain, self.task, task_kwargs={"random": seed})
-        return self.observe(self.env.reset()), {}
-
-    def step(self, action):
-        reward = 0.0
-        for _ in range(self.repeat):  # here rather than in a wrapper: only the last frame is rendered
-            step = self.env.step(action)
-            reward += step.reward or 0.0
-            if step.last():
-                break
-        terminated = step.last() and step.discount == 0
-        return self.observe(step), reward, terminated, step.last() and not terminated, {}
-
-    def render(self):
-        return self.env.physics.render(self.size, self.size, camera_id=self.camera)
-
-
-def adapt(env, repeat):
+def adapt(env):
     """One environment -> Dict of uint8 images (H, W, C) and flat float32 vectors; Box actions clipped to [-1, 1]."""
     space, action = env.observation_space, env.action_space
     named, box = isinstance(space, spaces.Dict), isinstance(action, spaces.Box)
     parts = dict(space.spaces) if named else {"image" if is_image(space) else "vector": space}
     if not (np.isfinite([action.low, action.high]).all() if box else isinstance(action, spaces.Discrete)):
         raise ValueError(f"action space {action}; allowed: Discrete, or Box with finite bounds")
-    if not all(part.is_np_flattenable for part in parts.values()):
-        raise ValueError(f"observation space {space}; allowed: Box, Discrete, or a Dict of such")
     taken = {"action", "reward", "is_first", "is_last", "is_terminal", "deter", "stoch", "index"}
     if any(key in taken or "." in key or hasattr(nn.ModuleDict, key) for key in parts):
         raise ValueError(f"observations {list(parts)}; allowed: no dots, no attributes of nn.ModuleDict, not {taken}")
-    env = gym.wrappers.RepeatAction(env, repeat)
     if box:
-        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-        env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, -1, 1), env.action_space)
+        env = gym.wrappers.RescaleAction(env, action.dtype.type(-1), action.dtype.type(1))
+        env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, -1, 1), spaces.Box(-1, 1, action.shape))
     else:
         env = gym.wrappers.TransformAction(env, lambda a: a + action.start, spaces.Discrete(action.n))
     flat_space = lambda part: part if is_image(part) else spaces.Box(-np.inf, np.inf, (spaces.flatdim(part),))
     flatten = lambda part, x: x if is_image(part) else spaces.flatten(part, x).astype(np.float32)
+    parts = {key: part for key, part in parts.items() if spaces.flatdim(part)}
     as_dict = lambda obs: {key: flatten(part, obs[key] if named else obs) for key, part in parts.items()}
     space = spaces.Dict({key: flat_space(part) for key, part in parts.items()})
     return gym.wrappers.TransformObservation(env, as_dict, space)
+
+
+def make_env(env_id, args, kwargs, render):
+    """One environment of gymnasium's registry, of dm_control's by shimmy with a camera of 64x64."""
+    os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # read when it is first imported
+    if env_id.startswith("dm_control/"):
+        import shimmy
+
+        gym.register_envs(shimmy)
+        kwargs = {"render_kwargs": dict(width=64, height=64, camera_id=2 if "quadruped" in env_id else 0), **kwargs}
+    env = gym.make(env_id, **kwargs)
+    if render or args.obs != "vector":
+        env.unwrapped.render_mode = "rgb_array"  # afterwards: a constructor need not know this mode
+    env = gym.wrappers.RepeatAction(env, args.action_repeat)
+    if args.obs != "vector":  # outside of the repetition: only the last frame is rendered
+        env = gym.wrappers.AddRenderObservation(env, args.obs == "image", "image")
+    return adapt(env)
 
 
 def atari_envs(env_id, num_envs, args, **kwargs):
@@ -1185,38 +1005,27 @@ def atari_envs(env_id, num_envs, args, **kwargs):
     envs = gym.make_vec(env_id, num_envs, **settings)
     size = settings["img_height"], settings["img_width"], 1 if settings["grayscale"] else 3
     single = spaces.Dict({"image": spaces.Box(0, 255, size, np.uint8)})
-    batched = gym.vector.utils.batch_space(single, num_envs)
     as_dict = lambda obs: {"image": obs.reshape(num_envs, *size)}
-    return gym.wrappers.vector.TransformObservation(envs, as_dict, batched, single)
+    return gym.wrappers.vector.TransformObservation(envs, as_dict, single_observation_space=single)
 
 
 def make_envs(env_id, num_envs, seed, args, render=False):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
-    family, mode = env_id.split("/")[0], {"render_mode": "rgb_array"} if render else {}
     try:
         kwargs = dict(json.loads(args.env_kwargs))
-    except (ValueError, TypeError):
-        fail(f"--env-kwargs {args.env_kwargs}: allowed: a JSON object, such as '{{\"continuous\": true}}'")
-
-    def make():
-        if family == "dm_control":
-            return adapt(DMControl(env_id, args.obs, args.action_repeat, **kwargs), repeat=1)
-        try:
-            env = gym.make(env_id, **mode, **kwargs)
-        except (AssertionError, TypeError):
-            env = gym.make(env_id, **kwargs)  # an environment need not know this mode
-        return adapt(env, args.action_repeat)
-
-    try:
-        if family == "ALE":
+        if env_id.startswith("ALE/"):
             envs = atari_envs(env_id, num_envs, args, **kwargs)
         else:
-            envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+            make, mode = partial(make_env, env_id, args, kwargs, render), gym.vector.AutoresetMode.NEXT_STEP
+            envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
         sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
         if len(sizes) > 1 or any(side not in SIDES for size in sizes for side in size):
             raise ValueError(f"images of {sizes}; allowed: one size, sides among {list(SIDES)}")
-    except (gym.error.Error, ValueError, TypeError, ImportError) as error:
-        fail(f"--env-id {env_id} --env-kwargs {args.env_kwargs}: {error}")
+    except Exception as error:  # of any kind: users' constructors run here
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        at = f"{type(error).__name__} at {place.filename}:{place.lineno}"
+        flags = f"--env-id {env_id} --obs {args.obs} --env-kwargs {args.env_kwargs}"
+        fail(f"{flags}: {error} ({at}); allowed: a known id, a JSON object, a renderer by MUJOCO_GL")
     envs.action_space.seed(seed)  # reset does not
     return envs
 
@@ -1236,28 +1045,19 @@ def next_row(envs, action, row):
 
 
 # --- pictures, evaluation, checkpoints --------------------------------------------------------------------------------
-
-
-def save_gif(path, frames, writer=None, step=0):
-    """uint8 (T, H, W, 3) -> animated GIF on disk and in TensorBoard, whose own add_video would need moviepy."""
+def save_gif(path, frames):
+    """uint8 (T, H, W, 3) -> animated GIF."""
     from PIL import Image
-    from tensorboard.compat.proto.summary_pb2 import Summary
 
     images = [Image.fromarray(x).quantize(256, method=Image.Quantize.FASTOCTREE) for x in frames]  # 15 x as fast
-    out = io.BytesIO()
-    images[0].save(out, format="GIF", save_all=True, append_images=images[1:], duration=66, loop=0)
-    Path(path).write_bytes(out.getvalue())
-    if writer:
-        size = dict(height=frames.shape[1], width=frames.shape[2], colorspace=3)
-        value = Summary.Value(tag=Path(path).stem, image=Summary.Image(**size, encoded_image_string=out.getvalue()))
-        writer._get_file_writer().add_summary(Summary(value=[value]), step)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=66, loop=0)
 
 
 def picture(obs):
     """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the vectors as gray cells."""
     images = [obs[key] for key in sorted(obs) if obs[key].dim() == 5]
     if images:
-        image = images[0].float() * (1 if images[0].dtype == torch.uint8 else 255)
+        image = images[0].float() if images[0].dtype == torch.uint8 else 255 * images[0].clamp(0, 1)
         return image[..., :1].expand(*image.shape[:-1], 3) if image.shape[-1] < 3 else image[..., :3]
     cells = torch.cat([obs[key].float() for key in sorted(obs)], -1).sigmoid() * 255
     return cells.repeat_interleave(16, -1)[..., None, :, None].expand(-1, -1, 32, -1, 3)
@@ -1271,39 +1071,30 @@ def film(video, seen):
     return torch.cat([bar, video], 2).permute(1, 2, 0, 3, 4).flatten(2, 3).to(torch.uint8).cpu().numpy()
 
 
-def frame(envs, row, agent):
-    """The first environment as it renders itself, where it can, else as the agent sees it. -> uint8 (H, W, 3)."""
-    try:
-        return np.asarray(envs.render()[0], np.uint8)
-    except Exception:  # there is no end to what renderers raise
-        seen = picture({key: torch.as_tensor(row[key][:1, None]) for key in agent.decoder.shapes})
-        return seen[0, 0].to(torch.uint8).numpy()
-
-
 def evaluate(agent, args, episodes, video=None):
-    """Play whole episodes without exploration noise; the random state of training is left as it was.
-
-    -> returns, one per episode. video: path for a GIF of the first environment's first episode.
+    """Play episodes without exploration noise. -> returns. The random state of training is left as it was.
+    video: path for a GIF of the first, as the environment renders itself, where it can, else as the agent sees it.
     """
-    N, cuda = min(episodes, 8), agent.device.type == "cuda"
-    wanted = [episodes // N + (n < episodes % N) for n in range(N)]  # each its share: no bias to short episodes
-    envs, scores, frames = make_envs(args.env_id, N, args.seed, args, bool(video)), [[] for _ in range(N)], []
-    act = Captured(partial(agent.act, eval=True), args.cuda_graph and cuda)
-    with torch.random.fork_rng([agent.device] if cuda else []):
+    envs, scores, frames = make_envs(args.env_id, 1, args.seed, args, bool(video)), [], []
+    act = Captured(partial(agent.act, eval=True), args.cuda_graph and agent.device.type == "cuda")
+    with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
         torch.manual_seed(args.seed + 1_000)
-        row, state, total = start_row(envs, args.seed + 1_000), agent.initial(N), np.zeros(N)
-        while any(len(score) < share for score, share in zip(scores, wanted, strict=True)):
-            if video and not scores[0]:
-                frames.append(frame(envs, row, agent))
+        row, state, total = start_row(envs, args.seed + 1_000), agent.initial(1), 0.0
+        while len(scores) < episodes:
+            if video and not scores:
+                image = picture({key: torch.as_tensor(row[key][:, None]) for key in agent.decoder.shapes})[0, 0]
+                with suppress(Exception):  # there is no end to what renderers raise
+                    image = np.asarray(envs.render()[0], np.uint8)
+                frames.append(np.asarray(image, np.uint8))
             state = act(agent.inputs(row, state))
             row = next_row(envs, agent.env_action(state), row)
-            total = total * ~row["is_first"] + row["reward"]
-            for n in np.flatnonzero(row["is_last"]):
-                scores[n].append(float(total[n]))
+            total = float(row["reward"][0]) + (0.0 if row["is_first"][0] else total)
+            if row["is_last"][0]:
+                scores.append(total)
     envs.close()
     if video:
         save_gif(video, np.stack(frames))
-    return [score for mine, share in zip(scores, wanted, strict=True) for score in mine[:share]]
+    return scores
 
 
 def save(path, **state):
@@ -1319,11 +1110,6 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
-def run_folder(path):
-    """Of a run folder or a checkpoint in it."""
-    return Path(path) if Path(path).is_dir() else Path(path).parent
-
-
 def load(path, need=()):
     """path: file that holds the keys of need, or run folder. Only data is read; what would run code is refused."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
@@ -1337,7 +1123,7 @@ def load(path, need=()):
 
 def inherit(args, path, saved, free):
     """The flags of a run; of those named in free, what is given now. Any other that is given must be as it was."""
-    flags = {**asdict(Args()), **saved, **OF_A_CALL}
+    flags = {**saved, **OF_A_CALL}
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
@@ -1348,14 +1134,6 @@ def inherit(args, path, saved, free):
     return Args(**{**flags, **given})
 
 
-def load_weights(agent, saved, path):
-    """Weights of a checkpoint into an agent, or one line where shapes differ."""
-    try:
-        agent.load_state_dict(saved["agent"])
-    except RuntimeError as error:
-        fail(f"{path}: for other observations or actions ({str(error).splitlines()[-1]}); allowed: its own environment")
-
-
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     saved = load(path, need=("args", "agent"))
@@ -1363,20 +1141,21 @@ def load_agent(path, args=None):
     envs = make_envs(args.env_id, 1, args.seed, args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
     envs.close()
-    load_weights(agent, saved, path)
+    agent.load_state_dict(saved["agent"])
     return agent, args
 
 
 def show(args):
     """--eval or --dream: print the returns, leave a GIF beside the checkpoint."""
-    folder = run_folder(args.eval or args.dream)
-    agent, args = load_agent(args.eval or args.dream, args)
+    if args.resume or args.eval and args.dream:
+        fail("--resume --eval --dream: one of them at a time is allowed")
+    path = Path(args.eval or args.dream)
+    folder, (agent, args) = path if path.is_dir() else path.parent, load_agent(path, args)
     if args.dream:
         save_gif(folder / "dream.gif", dream(agent, args))
         return {"run_dir": str(folder)}
     scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
-    text = " ".join(f"{score:g}" for score in scores[:20]) + " ..." * (len(scores) > 20)
-    print(f"{args.env_id}, {len(scores)} episodes: {text}")
+    print(f"{args.env_id}, {len(scores)} episodes: {' '.join(f'{score:g}' for score in scores)}")
     print(f"mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
     return {"run_dir": str(folder), "returns": scores}
 
@@ -1386,34 +1165,31 @@ def open_run(args, agent, replay, saved):
     from torch.utils.tensorboard import SummaryWriter
 
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = run_folder(args.resume) if saved else Path(args.run_root) / name
+    run_dir = Path(args.resume) if saved else Path(args.run_root) / name
     try:
         run_dir.mkdir(parents=True, exist_ok=bool(saved))
     except OSError as error:
         fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
-    gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
-    cpu = "CPU  <-- WARNING: no GPU; images will take days" if agent.decoder.images else "CPU (vectors: fine)"
+    slow = "CPU  <-- WARNING: no GPU; images will take days" if agent.decoder.images else "CPU (vectors: fine)"
+    device = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else slow
     size, place = args.buffer_size * replay.row_bytes / 2**30, "main" if replay.device.type == "cpu" else "GPU"
-    print(f"run       {run_dir}\ndevice    {gpu or cpu}; PyTorch {torch.__version__}")
+    print(f"run       {run_dir}\ndevice    {device}; PyTorch {torch.__version__}")
     print(f"agent     {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
     print(f"replay    {args.buffer_size:,} rows x {replay.row_bytes / 1024:.1f} KiB = {size:.1f} GiB of {place} memory")
-    print(f"length    {args.total_timesteps:,} policy steps = {args.total_timesteps * args.action_repeat:,} frames")
     if args.track:
         import wandb
 
-        names = dict(name=run_dir.name, id=run_dir.name, config=asdict(args))
-        wandb.init(**names, resume="allow", sync_tensorboard=True, save_code=True)
-    writer = SummaryWriter(run_dir, purge_step=saved["now"]["step"] + 1 if saved else None)
+        wandb.init(name=run_dir.name, id=run_dir.name, config=asdict(args), resume="allow", sync_tensorboard=True)
+    start = saved["now"]["step"] if saved else 0
+    writer = SummaryWriter(run_dir, purge_step=start + 1 if saved else None)
     table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", saved["now"]["step"] if saved else 0)
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", start)
     return run_dir, writer
 
 
 def finite(stats):
-    """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
-    update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
-    """
-    values = dict(zip(stats, torch.stack([x.float() for x in stats.values()]).tolist() if stats else [], strict=True))
+    """{name: 0-d tensor} -> {name: float}; waits for the device. Stops on nan and inf, before anything is saved."""
+    values = {name: float(x) for name, x in stats.items()}
     bad = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
     if bad:
         raise FloatingPointError(", ".join(bad))

@@ -165,7 +165,6 @@ def resolve(args: Args) -> Args:
 # === Part 1: the algorithm ============================================================================================
 
 
-# --- networks ---------------------------------------------------------------------------------------------------------
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + 1e-4) * scale over one axis: no mean, no offset, in float32."""
 
@@ -380,9 +379,7 @@ def unimix(logits, mix):
 
 
 def sample_onehot(probs, noise=None):
-    """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
-    probs: (..., K) probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
-    """
+    """Exact categorical sample, no host sync: arg-max of p / noise, noise ~ Exp(1). (..., K) -> one-hot (..., K)."""
     noise = torch.rand_like(probs).log_().neg_() if noise is None else noise
     index = (probs.detach() / noise).argmax(-1, keepdim=True)
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
@@ -424,7 +421,6 @@ class Actor(Head):
         return (-dist * dist.exp() if self.discrete else dist.entropy()).sum(-1)
 
 
-# --- world model ------------------------------------------------------------------------------------------------------
 def straight_through(onehot, probs):
     """The value of the sample with the gradient of the probabilities (Bengio et al. 2013). Both (..., K)."""
     return onehot + (probs - probs.detach())  # with other parentheses the sum is off one-hot by rounding
@@ -501,9 +497,7 @@ class RSSM(nn.Module):
         return {"deter": deter, "stoch": stoch, "logits": logits}
 
     def imagine(self, state, policy, horizon):
-        """Roll the prior forward. state: N start states; policy: features (N, F) -> action (N, A).
-        -> features (N, H+1, F) beginning with the start, and the H actions (N, H, A).
-        """
+        """Roll the prior forward; policy: (N, F) -> (N, A). -> feat (N, H+1, F) with the start, actions (N, H, A)."""
         deter, stoch, feats, actions = state["deter"], state["stoch"], [self.feat(state)], []
         noise = torch.rand(horizon, *stoch.shape, device=stoch.device).log_().neg_()
         weight = cast(self.core_hidden.weight)
@@ -515,7 +509,6 @@ class RSSM(nn.Module):
         return torch.stack(feats, 1), torch.stack(actions, 1)
 
 
-# --- optimiser --------------------------------------------------------------------------------------------------------
 class LaProp:
     """Adaptive gradient clipping, then division by the RMS, then momentum. For each tensor p with gradient g:
     g <- g / max(1, |g| / (agc max(1e-3, |p|)))              norms over the whole tensor
@@ -548,7 +541,6 @@ class LaProp:
         return norms.square().sum().sqrt()
 
 
-# --- agent ------------------------------------------------------------------------------------------------------------
 def kl_categorical(logp, logq):
     """KL(p || q) in nats of S independent categoricals. Log-probabilities (..., S, K) -> (...)."""
     return (logp.exp() * (logp - logq)).sum((-2, -1))
@@ -727,7 +719,6 @@ class Agent(nn.Module):
         return {**{key: x.detach() for key, x in stats.items()}, **self.latents(post)}
 
 
-# --- replay -----------------------------------------------------------------------------------------------------------
 class Replay:
     """Ring buffer of capacity // num_envs rows for each environment; all environments add a row at a time together.
     Windows of rows are uniform over all starts and run across episode ends; first in each batch comes the online queue,
@@ -1106,7 +1097,7 @@ def picture(obs):
     """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the vectors as gray cells."""
     images = [obs[key] for key in sorted(obs) if obs[key].dim() == 5]
     if images:
-        image = images[0].float() * (1 if images[0].dtype == torch.uint8 else 255)
+        image = images[0].float() if images[0].dtype == torch.uint8 else 255 * images[0].clamp(0, 1)
         return image[..., :1].expand(*image.shape[:-1], 3) if image.shape[-1] < 3 else image[..., :3]
     cells = torch.cat([obs[key].float() for key in sorted(obs)], -1).sigmoid() * 255
     return cells.repeat_interleave(16, -1)[..., None, :, None].expand(-1, -1, 32, -1, 3)
@@ -1225,7 +1216,6 @@ def open_run(args, agent, replay, saved):
     print(f"run       {run_dir}\ndevice    {device}; PyTorch {torch.__version__}")
     print(f"agent     {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
     print(f"replay    {args.buffer_size:,} rows x {replay.row_bytes / 1024:.1f} KiB = {size:.1f} GiB of {place} memory")
-    print(f"length    {args.total_timesteps:,} policy steps = {args.total_timesteps * args.action_repeat:,} frames")
     if args.track:
         import wandb
 

@@ -150,7 +150,6 @@ def resolve(args: Args) -> Args:
 # === Part 1: the algorithm ============================================================================================
 
 
-# --- networks ---------------------------------------------------------------------------------------------------------
 def init_weights(module):
     """Glorot-uniform weights, biases 0, as TensorFlow's layers."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
@@ -260,7 +259,6 @@ class GRU(nn.Module):
         return torch.lerp(cand, h, update)
 
 
-# --- world model ------------------------------------------------------------------------------------------------------
 class Normal(nn.Module):
     """Linear layers for mean and deviation: (..., U) -> (..., S) twice, the deviation softplus + min_std."""
 
@@ -343,7 +341,6 @@ class RSSM(nn.Module):
         return {"deter": deter, "stoch": stoch, "mean": mean, "std": std}
 
 
-# --- optimiser --------------------------------------------------------------------------------------------------------
 class Adam:
     """TensorFlow's Adam after clipping by the global norm: eps is added before the second moment is corrected, which
     early on makes it up to 30 times as large as in PyTorch's form. For each parameter p with gradient g:
@@ -375,7 +372,6 @@ class Adam:
         return norm
 
 
-# --- agent ------------------------------------------------------------------------------------------------------------
 def kl_gaussian(mean, std, mean2, std2):
     """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
     return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)
@@ -514,7 +510,6 @@ class Agent(nn.Module):
         return {**stats, **{f"losses/{key}": loss.detach() for key, loss in losses.items()}}
 
 
-# --- replay -----------------------------------------------------------------------------------------------------------
 class Replay:
     """Ring buffer of capacity // num_envs rows for each environment; all environments add a row at a time together.
     Windows lie within one episode: it is drawn uniformly, then a place in it. An episode that is too short is used from
@@ -906,7 +901,7 @@ def picture(obs):
     """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the vectors as gray cells."""
     images = [obs[key] for key in sorted(obs) if obs[key].dim() == 5]
     if images:
-        image = images[0].float() * (1 if images[0].dtype == torch.uint8 else 255)
+        image = images[0].float() if images[0].dtype == torch.uint8 else 255 * images[0].clamp(0, 1)
         return image[..., :1].expand(*image.shape[:-1], 3) if image.shape[-1] < 3 else image[..., :3]
     cells = torch.cat([obs[key].float() for key in sorted(obs)], -1).sigmoid() * 255
     return cells.repeat_interleave(16, -1)[..., None, :, None].expand(-1, -1, 32, -1, 3)
@@ -1025,7 +1020,6 @@ def open_run(args, agent, replay, saved):
     print(f"run       {run_dir}\ndevice    {device}; PyTorch {torch.__version__}")
     print(f"agent     {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
     print(f"replay    {args.buffer_size:,} rows x {replay.row_bytes / 1024:.1f} KiB = {size:.1f} GiB of {place} memory")
-    print(f"length    {args.total_timesteps:,} policy steps = {args.total_timesteps * args.action_repeat:,} frames")
     if args.track:
         import wandb
 

@@ -17,13 +17,6 @@ is that of the paper, "lecture" the course NPFL139, whose memory game this file 
     python merlin.py --resume runs/...                    go on where the last checkpoint stands
     python merlin.py --eval runs/.../checkpoint.pt        play 10 episodes, print the returns, save eval.gif
 
-From Python:
-    import merlin
-    args = merlin.Args(size="debug", device="cpu")
-    result = merlin.train(args)
-    agent, args = merlin.load_agent(result["run_dir"])
-    print(merlin.evaluate(agent, args, episodes=10))
-
 Symbols in shapes: N environments, T steps of a window, A actions, E embedding, Z latent variables, W = 2*Z numbers of a
 memory row, R rows of the memory, K read keys of the predictor, L layers and U units of the LSTMs.
 
@@ -44,8 +37,6 @@ Differs from the paper, on purpose:
 """
 
 import ctypes
-import importlib.util
-import io
 import json
 import os
 import platform
@@ -53,6 +44,8 @@ import random
 import re
 import sys
 import time
+import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -106,7 +99,7 @@ class Args:
     cuda_graph: bool = True  # replay the step of acting, and the whole update, as CUDA graphs on a GPU
     exp_name: str = Path(__file__).stem  # names the run
     run_root: str = "runs"  # folder of the run folders
-    resume: str | None = None  # run folder or checkpoint to go on from
+    resume: str | None = None  # run folder to go on from
     eval: str | None = None  # run folder or checkpoint to evaluate
     eval_episodes: int = 10  # episodes of --eval
     track: bool = False  # mirror TensorBoard to Weights & Biases (pip install wandb; WANDB_PROJECT, WANDB_ENTITY)
@@ -133,9 +126,7 @@ FOREIGN = {  # of no use to an agent
 
 
 def resolve(args: Args) -> Args:
-    """Fill what was left open (None) from the preset of --size and the number of cards; an explicit flag wins. Stops
-    with exit code 2 where flags are impossible or contradict each other.
-    """
+    """Fill what was left open (None) from the preset of --size and the number of cards. An explicit flag wins."""
     game = re.fullmatch(r"MemoryGame-([1-9]\d*)-v0", args.env_id)
     if game and '"cards"' in args.env_kwargs:
         fail(f"--env-kwargs {args.env_kwargs}: allowed: cards in --env-id, as in MemoryGame-{game[1]}-v0")
@@ -147,23 +138,14 @@ def resolve(args: Args) -> Args:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: is of no use with --agent {args.agent}")
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     for name, value in asdict(args).items():
-        if isinstance(value, str | bool | None) or name in ("seed", "log_every"):
-            continue
-        fits, allowed = value > 0, "more than 0"
-        if name in ("gamma", "lam"):
-            fits, allowed = 0 <= value <= 1, "0 to 1"
-        if name in (*ALPHAS, "entropy_scale", "value_scale"):
-            fits, allowed = value >= 0, "0 or more"
-        if not fits:
-            fail(f"--{name.replace('_', '-')} {value}: allowed: {allowed}")
-    if args.track and not importlib.util.find_spec("wandb"):
-        fail("--track: Weights & Biases is missing; allowed after: pip install wandb")
+        least = 0 if name in (*ALPHAS, "entropy_scale", "value_scale", "gamma", "lam", "seed", "log_every") else 1e-12
+        most = 1 if name in ("gamma", "lam") else float("inf")
+        if type(value) in (int, float) and not least <= value <= most:
+            fail(f"--{name.replace('_', '-')} {value}: allowed: {'more than 0' if least else '0 or more'}, to {most:g}")
     return args
 
 
 # === Part 1: the algorithm ============================================================================================
-
-# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def onehot(index, count):
@@ -178,7 +160,6 @@ def memory_shapes(R, W):
 
 def read(memory, keys, strengths):
     """Read by content: softmax over rows of strength times cosine similarity. Empty rows take part, with similarity 0.
-
     memory: (N, R, W); keys: (N, K, W); strengths: (N, K), above 0 -> what was read (N, K, W), weights (N, K, R).
     """
     lengths = keys.norm(dim=-1)[..., None] * memory.norm(dim=-1)[:, None]  # (N, K, R)
@@ -190,9 +171,7 @@ def read(memory, keys, strengths):
 def write(state, content, read_weights, gamma):
     """Store content in the first half of one row, and add it to the second halves of the rows written before, fading:
     row i ends as [z_i, (1 - gamma) sum over t > i of gamma^(t-i-1) z_t], a summary of what came after it.
-
         v_ret <- gamma v_ret + (1 - gamma) v_wr of the step before;  M <- M + v_wr [z, 0]^T + v_ret [0, z]^T
-
     In the order of the lecture, v_wr is that of this step, and the sum begins with z_i itself. state: memory_shapes;
     content: (N, Z); read_weights: (N, K, R), summed as usage -> new state. Without gradients memory is overwritten.
     """
@@ -217,9 +196,6 @@ def write(state, content, read_weights, gamma):
     return {**new, "usage": usage * kept, "age": age * kept}
 
 
-# --- networks ---------------------------------------------------------------------------------------------------------
-
-
 def is_image(space):
     """uint8 of rank 3 goes to the convolutions, but for symbols on a small grid; all else is numbers."""
     bytes3 = isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
@@ -236,10 +212,8 @@ def mlp(inputs, units, outputs, layers=1):
 
 
 class Bottleneck(nn.Module):
-    """Residual block: 1x1, 3x3 to half the channels, 1x1 back; the first convolution changes the resolution.
-
-    stride 2 halves it, -2 doubles it. No batch norm, so that weights begin as large as ReLUs need (He): with PyTorch's
-    own, a sixth of that variance, the encoder left 1/140 of what tells two boards apart, and it was never found.
+    """Residual block: 1x1, 3x3 to half the channels, 1x1 back; stride 2 halves the resolution, -2 doubles it. No batch
+    norm, hence weights as large as ReLUs need (He): with PyTorch's, a sixth of that, two boards look alike for ever.
     """
 
     def __init__(self, inputs, channels, stride):
@@ -316,9 +290,7 @@ class Decoder(nn.Module):
         return {**out, "reward": out["reward"][..., 0]}
 
     def losses(self, z, obs, action, reward):
-        """-> {"image", "obs", "action", "reward": (N,)}: squared errors and cross-entropies, summed. "image" and "obs"
-        only where there are such observations. action: one-hot (N, A), all zero at the start of an episode.
-        """
+        """-> {"image", "obs": where there are such, "action", "reward": (N,)}, summed. action: zero at a beginning."""
         out = self(z)
         losses = {"reward": (out["reward"] - reward).square() / 2}
         losses["action"] = -(out["action"].log_softmax(-1) * action).sum(-1)
@@ -362,29 +334,21 @@ class Keys(nn.Module):
         return x[..., :-1], F.softplus(x[..., -1])
 
 
-# --- agent ------------------------------------------------------------------------------------------------------------
-
-
 def kl_gaussian(mean, std, mean2, std2):
     """KL(N(mean, std) || N(mean2, std2)) in nats of S independent normals, all (..., S) -> (...)."""
     return (std2.log() - std.log() + (std.square() + (mean - mean2).square()) / (2 * std2.square()) - 0.5).sum(-1)
 
 
 def sample_onehot(probs, noise=None):
-    """Sample a categorical exactly: arg-max of p / noise with noise ~ Exp(1). Unlike multinomial, no host sync.
-
-    probs: (..., K) probabilities; noise: the same shape, drawn here if None -> one-hot (..., K), no gradient.
-    """
+    """Exact categorical sample, no host sync: arg-max of p / noise, noise ~ Exp(1). (..., K) -> one-hot (..., K)."""
     noise = torch.rand_like(probs).log_().neg_() if noise is None else noise
     index = (probs.detach() / noise).argmax(-1, keepdim=True)
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
 
 def advantages(reward, value, is_last, is_terminal, gamma, lam):
-    """Algorithm 1, generalised advantages: d_t = r_{t+1} + gamma v_{t+1} - v_t, A_t = d_t + gamma lam A_{t+1}.
-
-    All (N, T+1), index t is what belongs to row t -> (N, T). A terminal state is worth 0, no sum runs across an end; at
-    an is_last row, which acts no more, the advantage is 0.
+    """Algorithm 1: d_t = r_{t+1} + gamma v_{t+1} - v_t, A_t = d_t + gamma lam A_{t+1}. All (N, T+1), index t belongs to
+    row t -> (N, T). A terminal state is worth 0, no sum runs across an end; an is_last row, which acts no more, has 0.
     """
     going = 1 - is_last.float()  # (N, T+1)
     delta = reward[:, 1:] + gamma * value[:, 1:] * (1 - is_terminal[:, 1:].float()) - value[:, :-1]
@@ -395,9 +359,7 @@ def advantages(reward, value, is_last, is_terminal, gamma, lam):
 
 
 def window_returns(reward, value, is_last, is_terminal, gamma):
-    """R_t: rewards to the end of the episode or of the window, there bootstrapped by the value. Terminal rows: 0. It is
-    advantages with lam = 1, plus the value. All (N, T+1) -> (N, T).
-    """
+    """R_t: rewards to the end of episode or window, bootstrapped there: advantages with lam 1, plus value. (N, T)."""
     value = value * (1 - is_terminal.float())  # (N, T+1)
     return value[:, :-1] + advantages(reward, value, is_last, is_terminal, gamma, 1.0)
 
@@ -413,10 +375,7 @@ def state_of(inputs):
 
 
 class Agent(nn.Module):
-    """MERLIN: a predictor, which fills the memory, and a policy, which only reads it. Baselines: RLAgent, see AGENTS.
-
-    obs_space: Dict of uint8 images (H, W, C), integers (MultiDiscrete) and float32 vectors; action_space: Discrete.
-    """
+    """MERLIN: a predictor fills the memory, a policy only reads it. Baselines: RLAgent. Spaces: as make_envs gives."""
 
     def __init__(self, obs_space, action_space, args):
         super().__init__()
@@ -461,10 +420,7 @@ class Agent(nn.Module):
         return mean, log_std.clamp(-6, 3).exp()
 
     def tick(self, embed, state, noise, choose):
-        """One step in time, Algorithm 1. embed: (N, E); noise: (N, Z) ~ N(0, 1); choose: logits -> one-hot (N, A).
-
-        -> outputs {"logits": (N, A), "z": (N, Z), ...}, among them the weights of all reads; the next state.
-        """
+        """One step, Algorithm 1. embed: (N, E); noise: (N, Z); choose: logits -> (N, A). -> outputs; the next state."""
         past = torch.cat([state["h"].flatten(1), state["read"].flatten(1)], -1)
         prior = self.prior(past).float()  # (N, W): mean and log of the deviation
         post = prior + self.posterior(torch.cat([embed, past, prior], -1)).float()  # (N, W)
@@ -497,16 +453,12 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, inputs, eval=False):
-        """-> the next state, with "action" (N, A) for what to do now, and "noise" (N, Z), for unroll to draw the same
-        latents again. eval: the most likely action.
-        """
+        """-> the next state, with "action" (N, A), and "noise" (N, Z) for unroll. eval: the most likely action."""
         state = self.forget(state_of(inputs), inputs["is_first"])
         embed = self.encoder(inputs, state["action"], inputs["reward"])  # (N, E)
         noise = torch.randn_like(state["noise"])  # (N, Z)
-
-        def choose(logits):
-            return onehot(logits.argmax(-1), self.actions) if eval else sample_onehot(logits.softmax(-1))
-
+        mode = lambda logits: onehot(logits.argmax(-1), self.actions)
+        choose = mode if eval else lambda logits: sample_onehot(logits.softmax(-1))
         return {**self.tick(embed, state, noise, choose)[1], "noise": noise}
 
     def env_action(self, state):
@@ -514,9 +466,7 @@ class Agent(nn.Module):
         return state["action"].argmax(-1).cpu().numpy()
 
     def unroll(self, batch):
-        """The window again, with the actions and the noise of acting, and with gradients.
-        -> outputs, each (N, T+1, ...). Row T is there for its value.
-        """
+        """The window again, by the actions and noise of acting, with gradients. -> outputs (N, T+1, ...)."""
         state = state_of(batch)
         is_first, action = batch["is_first"], onehot(batch["action"], self.actions)
         before = torch.cat([state["action"][:, None], action[:, :-1]], 1) * ~is_first[..., None]  # (N, T+1, A)
@@ -531,9 +481,7 @@ class Agent(nn.Module):
         return {**{key: torch.stack([x[key] for x in steps], 1) for key in steps[0]}, "before": before}
 
     def reinforce(self, batch, out, logp, value):
-        """What all agents share. out: of unroll; logp: (N, T+1, A); value: (N, T+1) -> losses of policy and value,
-        returns, what acts (all (N, T)), and statistics.
-        """
+        """What all agents share. logp: (N, T+1, A); value: (N, T+1) -> losses, returns, what acts (N, T); stats."""
         args, ends, fixed = self.args, (batch["is_last"], batch["is_terminal"]), value.detach()
         acts = (~batch["is_last"][:, :-1]).float()  # (N, T)
         returns = window_returns(batch["reward"], fixed, *ends, args.gamma)  # (N, T)
@@ -566,10 +514,7 @@ class Agent(nn.Module):
         return losses, stats
 
     def update(self, batch):
-        """One gradient step on a window, without any host sync, so that a CUDA graph can capture it. batch: T+1 rows,
-        {key: (N, T+1, ...)}, with "action" and "noise", and "state/...", the state before the first of them.
-        -> statistics, 0-d tensors on the device.
-        """
+        """One gradient step, no host sync. batch: T+1 rows, and "state/...", the state before -> 0-d statistics."""
         losses, stats = self.losses(batch)
         losses = {key: loss.mean() for key, loss in losses.items()}
         losses["total"] = sum(self.scales[key] * loss for key, loss in losses.items())
@@ -585,13 +530,12 @@ class Agent(nn.Module):
 
 
 class RLAgent(Agent):
-    """RL-LSTM: an LSTM over the embedding. RL-MEM: over the last reads of a memory, too, whose contents are learned
-    from h. Trained by reinforcement alone, end to end: no latents, no prediction.
-    """
+    """RL-LSTM: an LSTM over the embedding; RL-MEM: with a memory, written from h. Trained by reinforcement alone."""
 
     def networks(self, A, E, Z, U, W, K):
         args, self.remembers = self.args, self.args.agent == "rl_mem"
         self.carried = {"action": (A,), "noise": (Z,), "policy_h": (2, U), "policy_c": (2, U)}
+        self.decoder = self.encoder  # there is none; who asks wants to know what is seen
         self.policy_lstm = DeepLSTM(E + K * W * self.remembers, U)
         self.policy, self.value = mlp(E + 2 * U, args.units, A), mlp(E + 2 * U, args.units, 1)
         if self.remembers:
@@ -599,11 +543,6 @@ class RLAgent(Agent):
             self.policy_keys, self.content = Keys(2 * U, K, W), nn.Linear(2 * U, Z)
         self.scales = {"policy": 1.0, "value": args.value_scale}
         return [dict(params=list(self.parameters()), lr=args.policy_learning_rate, clip=args.clip, name="policy")]
-
-    @property
-    def decoder(self):
-        """There is none; who asks wants to know what is seen."""
-        return self.encoder
 
     def tick(self, embed, state, noise, choose):
         inputs = [embed, state["policy_read"].flatten(1)] if self.remembers else [embed]
@@ -632,29 +571,24 @@ AGENTS = {"merlin": Agent, "rl_mem": RLAgent, "rl_lstm": RLAgent}  # --agent
 
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
-    if args.eval and args.resume:
-        fail("--resume --eval: one of them at a time is allowed")
     if args.eval:
         return show(args)
     saved = load(args.resume, need=("args", "agent", "now")) if args.resume else None
     args = resolve(inherit(args, args.resume, saved["args"], RESUMED) if saved else args)
     tune(args)
+    now = saved["now"] if saved else dict(step=0, updates=0, recent=[])
+    step, updates, recent = (now[key] for key in ("step", "updates", "recent"))
     for seed in random.seed, np.random.seed, torch.manual_seed:
-        seed(args.seed)
+        seed(args.seed + step)  # a resumed run draws new numbers
     envs = make_envs(args.env_id, args.num_envs, args.seed, args)
     agent = AGENTS[args.agent](envs.single_observation_space, envs.single_action_space, args)
     device, cuda, state = agent.device, agent.device.type == "cuda", agent.initial(args.num_envs)
     update, act = (Captured(fn, args.cuda_graph and cuda) for fn in (agent.update, agent.act))
-    step, updates, recent = 0, 0, []  # recent: last 100 returns
     if saved:  # new episodes begin: the interrupted ones are lost
-        load_weights(agent, saved, args.resume)
+        agent.load_state_dict(saved["agent"])
         for group in saved["optimizer"]["param_groups"]:
             group["capturable"] = cuda  # the run may have begun on another device
         agent.optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["random"])
-        if cuda and saved["cuda_random"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_random"], device)
-        step, updates, recent = (saved["now"][key] for key in ("step", "updates", "recent"))
     run_dir, writer = open_run(args, agent, saved)
     row, stats, began, since = start_row(envs, args.seed + step), {}, time.time(), step
     returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the episodes that go on
@@ -688,22 +622,19 @@ def train(args: Args) -> dict:
                 charts = {"charts/SPS": speed, "charts/frames": step * args.action_repeat, "charts/updates": updates}
                 for key, value in {**finite(stats), **charts}.items():
                     writer.add_scalar(key, value, step)
-                score, loss = np.mean(recent or [np.nan]), stats["losses/total"]
-                line = f"step {step:,}/{args.total_timesteps:,}  return {score:.1f}  updates {updates:,}"
                 left = int(max(0, args.total_timesteps - step) / speed / 60)  # minutes
-                print(f"{line}  loss {loss:.1f}  {speed:.1f} steps/s  left {left // 60}:{left % 60:02} h", flush=True)
+                line = f"step {step:,}/{args.total_timesteps:,}  return {np.mean(recent or [np.nan]):.1f}"
+                line += f"  updates {updates:,}  {speed:.1f} steps/s  left {left // 60}:{left % 60:02} h"
+                print(line, flush=True)
                 began, since = time.time(), step
             if done or before // args.checkpoint_every < step // args.checkpoint_every:
                 finite(stats)  # what is broken is not saved
-                now = {"step": step, "updates": updates, "recent": recent}
+                now = dict(step=step, updates=updates, recent=recent)
                 parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now}
-                parts |= {"cuda_random": torch.cuda.get_rng_state(device) if cuda else None}
-                parts |= {"random": torch.get_rng_state(), "args": asdict(args), "source": SOURCE}
-                save(run_dir / "checkpoint.pt", **parts)
+                save(run_dir / "checkpoint.pt", **parts, args=asdict(args), source=SOURCE)
                 writer.flush()
     except Exception as error:
-        last = f"{run_dir} holds the last checkpoint" if (run_dir / "checkpoint.pt").exists() else "no checkpoint yet"
-        raise RuntimeError(f"policy step {step:,}: {type(error).__name__}: {error} ({last})") from error
+        raise RuntimeError(f"policy step {step:,} of {run_dir}: {type(error).__name__}: {error}") from error
     finally:
         writer.close()  # first: the environments of a broken simulator may raise again
         envs.close()
@@ -719,11 +650,9 @@ OF_A_CALL = dict(resume=None, eval=None, device="auto", track=False)  # flags th
 
 
 class Captured:
-    """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch instead of thousands.
-
-    For inputs of new shapes the first three calls run eagerly, while cuDNN and the allocator settle; then the function
-    is captured and only replayed. The next call overwrites the results. What else the function reads, such as flags, is
-    frozen at capture; each shape keeps a graph of its own.
+    """A function from {key: tensor} to {key: tensor}, on a GPU as a CUDA graph: one launch, not thousands. For new
+    shapes the first three calls run eagerly, while cuDNN and the allocator settle; then the function is captured and
+    only replayed. The next call overwrites the results. What else the function reads, such as flags, is frozen.
     """
 
     def __init__(self, fn, on):
@@ -762,47 +691,39 @@ def fail(message):
 
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
-    gpus = torch.cuda.device_count()
-    try:
-        device = torch.device(args.device if args.device != "auto" else "cuda" if gpus else "cpu")
-        assert device.type == "cpu" or device.type == "cuda" and (device.index or 0) < gpus
-    except (AssertionError, RuntimeError):
-        fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...; PyTorch sees {gpus} GPUs")
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)  # a graph is captured on the current device
-    return device
+    known = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    name = {"auto": known[:2][-1], "cuda": "cuda:0"}.get(args.device, args.device)
+    if name not in known:
+        fail(f"--device {args.device}: allowed on this machine: auto, {', '.join(known)}")
+    if name != "cpu":
+        torch.cuda.set_device(name)  # a graph is captured on the current device
+    return torch.device(name)
 
 
 def tune(args):
-    """Settings of the process that make updates fast. glibc hands large blocks back to the system, and fetching them
-    again page by page is half of a CPU update.
-    """
+    """Settings of the process that make updates fast."""
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL("libc.so.6")
+        libc = ctypes.CDLL("libc.so.6")  # it gives large blocks back, and to fetch them again is half of a CPU update
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map no block on its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
-    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")  # medium: oneDNN, float32 without AMX
+    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")  # medium: oneDNN on a CPU
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = args.bf16, True
 
 
 # --- environments -----------------------------------------------------------------------------------------------------
-
-
 class MemoryGame(gym.Env):
     """Concentration: cards lie face down, two of each symbol, and each step turns one for a moment. The partner of the
     card turned just before earns 2 and removes both; any other step costs 1. It ends when all are removed, or after two
     steps for each card. Action 0 turns the next card that was never turned (or the last one), action i card i - 1.
-
     Seen is the card that was turned and its symbol; image: the board of 64 x 64 pixels, with that card open.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 2}
 
-    def __init__(self, cards, image=False, render_mode=None):
+    def __init__(self, cards, image=False):
         if cards < 2 or cards % 2 or cards > 64:
             raise ValueError(f"{cards} cards; allowed: an even number, at most 64")
-        self.cards, self.image, self.render_mode = cards, image, render_mode
+        self.cards, self.image = cards, image
         self.action_space = spaces.Discrete(cards + 1)
         board, numbers = spaces.Box(0, 255, (64, 64, 3), np.uint8), spaces.MultiDiscrete([cards, cards // 2])
         self.observation_space = board if image else numbers
@@ -841,7 +762,7 @@ class MemoryGame(gym.Env):
         return self.observe(), 2.0 if pair else -1.0, over, self.count == 2 * self.cards and not over, {}
 
 
-def adapt(env, repeat):
+def adapt(env):
     """One environment -> Dict of uint8 images (H, W, C), integers (MultiDiscrete), and flat float32 vectors."""
     space, action = env.observation_space, env.action_space
     named = isinstance(space, spaces.Dict)
@@ -868,36 +789,35 @@ def adapt(env, repeat):
     inner = {key: adapted(part) for key, part in parts.items()}
     space = spaces.Dict({key: part for key, (part, _) in inner.items()})
     as_dict = lambda obs: {key: fn(obs[key] if named else obs) for key, (_, fn) in inner.items()}
-    env = gym.wrappers.RepeatAction(env, repeat)
     env = gym.wrappers.TransformAction(env, lambda a: a + action.start, spaces.Discrete(action.n))
     return gym.wrappers.TransformObservation(env, as_dict, space)
 
 
+def make_env(env_id, args, kwargs, render):
+    """One environment of gymnasium's registry."""
+    env = gym.make(env_id, **kwargs)
+    if render:
+        env.unwrapped.render_mode = "rgb_array"  # afterwards: a constructor need not know this mode
+    return adapt(gym.wrappers.RepeatAction(env, args.action_repeat))
+
+
 def make_envs(env_id, num_envs, seed, args, render=False):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete actions."""
-    mode = {"render_mode": "rgb_array"} if render else {}
     game = re.fullmatch(r"MemoryGame-(\d+)-v0", env_id)
     if game and env_id not in gym.registry:  # not before it is asked for: importing this file registers nothing
         gym.register(env_id, MemoryGame, kwargs={"cards": int(game[1])})
     try:
         kwargs = dict(json.loads(args.env_kwargs))
-    except (ValueError, TypeError):
-        fail(f"--env-kwargs {args.env_kwargs}: allowed: a JSON object, such as '{{\"continuous\": true}}'")
-
-    def make():
-        try:
-            env = gym.make(env_id, **mode, **kwargs)
-        except (AssertionError, TypeError):
-            env = gym.make(env_id, **kwargs)  # an environment need not know this mode
-        return adapt(env, args.action_repeat)
-
-    try:
-        envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+        make, mode = partial(make_env, env_id, args, kwargs, render), gym.vector.AutoresetMode.NEXT_STEP
+        envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
         sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
         if sizes - {(64, 64)}:
             raise ValueError(f"images of {sizes}; allowed: 64 x 64")
-    except (gym.error.Error, ValueError, TypeError, ImportError) as error:
-        fail(f"--env-id {env_id} --env-kwargs {args.env_kwargs}: {error}")
+    except Exception as error:  # of any kind: users' constructors run here
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        at = f"{type(error).__name__} at {place.filename}:{place.lineno}"
+        flags = f"--env-id {env_id} --env-kwargs {args.env_kwargs}"
+        fail(f"{flags}: {error} ({at}); allowed: a known id, a JSON object")
     envs.action_space.seed(seed)  # reset does not
     return envs
 
@@ -917,66 +837,48 @@ def next_row(envs, action, row):
 
 
 # --- pictures, evaluation, checkpoints --------------------------------------------------------------------------------
-
-
-def save_gif(path, frames, writer=None, step=0):
-    """uint8 (T, H, W, 3) -> animated GIF on disk and in TensorBoard, whose own add_video would need moviepy."""
+def save_gif(path, frames):
+    """uint8 (T, H, W, 3) -> animated GIF."""
     from PIL import Image
-    from tensorboard.compat.proto.summary_pb2 import Summary
 
     images = [Image.fromarray(x).quantize(256, method=Image.Quantize.FASTOCTREE) for x in frames]  # 15 x as fast
-    out = io.BytesIO()
-    images[0].save(out, format="GIF", save_all=True, append_images=images[1:], duration=66, loop=0)
-    Path(path).write_bytes(out.getvalue())
-    if writer:
-        size = dict(height=frames.shape[1], width=frames.shape[2], colorspace=3)
-        value = Summary.Value(tag=Path(path).stem, image=Summary.Image(**size, encoded_image_string=out.getvalue()))
-        writer._get_file_writer().add_summary(Summary(value=[value]), step)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=66, loop=0)
 
 
 def picture(obs):
     """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the vectors as gray cells."""
     images = [obs[key] for key in sorted(obs) if obs[key].dim() == 5]
     if images:
-        image = images[0].float() * (1 if images[0].dtype == torch.uint8 else 255)
+        image = images[0].float() if images[0].dtype == torch.uint8 else 255 * images[0].clamp(0, 1)
         return image[..., :1].expand(*image.shape[:-1], 3) if image.shape[-1] < 3 else image[..., :3]
     cells = torch.cat([obs[key].float() for key in sorted(obs)], -1).sigmoid() * 255
     return cells.repeat_interleave(16, -1)[..., None, :, None].expand(-1, -1, 32, -1, 3)
 
 
-def frame(envs, row, agent):
-    """The first environment as it renders itself, where it can, else as the agent sees it. -> uint8 (H, W, 3)."""
-    try:
-        return np.asarray(envs.render()[0], np.uint8)
-    except Exception:  # there is no end to what renderers raise
-        seen = picture({key: torch.as_tensor(row[key][:1, None]) for key in agent.decoder.shapes})
-        return seen[0, 0].to(torch.uint8).numpy()
-
-
 def evaluate(agent, args, episodes, video=None):
-    """Play whole episodes without exploration noise; the random state of training is left as it was.
-
-    -> returns, one per episode. video: path for a GIF of the first environment's first episode.
+    """Play episodes without exploration noise. -> returns. The random state of training is left as it was.
+    video: path for a GIF of the first, as the environment renders itself, where it can, else as the agent sees it.
     """
-    N, cuda = min(episodes, 8), agent.device.type == "cuda"
-    wanted = [episodes // N + (n < episodes % N) for n in range(N)]  # each its share: no bias to short episodes
-    envs, scores, frames = make_envs(args.env_id, N, args.seed, args, bool(video)), [[] for _ in range(N)], []
-    act = Captured(partial(agent.act, eval=True), args.cuda_graph and cuda)
-    with torch.random.fork_rng([agent.device] if cuda else []):
+    envs, scores, frames = make_envs(args.env_id, 1, args.seed, args, bool(video)), [], []
+    act = Captured(partial(agent.act, eval=True), args.cuda_graph and agent.device.type == "cuda")
+    with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
         torch.manual_seed(args.seed + 1_000)
-        row, state, total = start_row(envs, args.seed + 1_000), agent.initial(N), np.zeros(N)
-        while any(len(score) < share for score, share in zip(scores, wanted, strict=True)):
-            if video and not scores[0]:
-                frames.append(frame(envs, row, agent))
+        row, state, total = start_row(envs, args.seed + 1_000), agent.initial(1), 0.0
+        while len(scores) < episodes:
+            if video and not scores:
+                image = picture({key: torch.as_tensor(row[key][:, None]) for key in agent.decoder.shapes})[0, 0]
+                with suppress(Exception):  # there is no end to what renderers raise
+                    image = np.asarray(envs.render()[0], np.uint8)
+                frames.append(np.asarray(image, np.uint8))
             state = act(agent.inputs(row, state))
             row = next_row(envs, agent.env_action(state), row)
-            total = total * ~row["is_first"] + row["reward"]
-            for n in np.flatnonzero(row["is_last"]):
-                scores[n].append(float(total[n]))
+            total = float(row["reward"][0]) + (0.0 if row["is_first"][0] else total)
+            if row["is_last"][0]:
+                scores.append(total)
     envs.close()
     if video:
         save_gif(video, np.stack(frames))
-    return [score for mine, share in zip(scores, wanted, strict=True) for score in mine[:share]]
+    return scores
 
 
 def save(path, **state):
@@ -1005,7 +907,7 @@ def load(path, need=()):
 
 def inherit(args, path, saved, free):
     """The flags of a run; of those named in free, what is given now. Any other that is given must be as it was."""
-    flags = {**asdict(Args()), **saved, **OF_A_CALL}
+    flags = {**saved, **OF_A_CALL}
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
@@ -1016,14 +918,6 @@ def inherit(args, path, saved, free):
     return Args(**{**flags, **given})
 
 
-def load_weights(agent, saved, path):
-    """Weights of a checkpoint into an agent, or one line where shapes differ."""
-    try:
-        agent.load_state_dict(saved["agent"])
-    except RuntimeError as error:
-        fail(f"{path}: for other observations or actions ({str(error).splitlines()[-1]}); allowed: its own environment")
-
-
 def load_agent(path, args=None):
     """path: checkpoint or run folder -> the agent, its Args. args: what --eval may change, such as device."""
     saved = load(path, need=("args", "agent"))
@@ -1031,18 +925,18 @@ def load_agent(path, args=None):
     envs = make_envs(args.env_id, 1, args.seed, args)
     agent = AGENTS[args.agent](envs.single_observation_space, envs.single_action_space, args)
     envs.close()
-    load_weights(agent, saved, path)
+    agent.load_state_dict(saved["agent"])
     return agent, args
 
 
 def show(args):
     """--eval: print the returns, leave a GIF beside the checkpoint."""
+    if args.resume:
+        fail("--resume --eval: one of them at a time is allowed")
     path = Path(args.eval)
-    folder = path if path.is_dir() else path.parent
-    agent, args = load_agent(path, args)
+    folder, (agent, args) = path if path.is_dir() else path.parent, load_agent(path, args)
     scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
-    text = " ".join(f"{score:g}" for score in scores[:20]) + " ..." * (len(scores) > 20)
-    print(f"{args.env_id}, {len(scores)} episodes: {text}")
+    print(f"{args.env_id}, {len(scores)} episodes: {' '.join(f'{score:g}' for score in scores)}")
     print(f"mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
     return {"run_dir": str(folder), "returns": scores}
 
@@ -1052,34 +946,30 @@ def open_run(args, agent, saved):
     from torch.utils.tensorboard import SummaryWriter
 
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_root) / name
-    if saved:
-        run_dir = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+    run_dir = Path(args.resume) if saved else Path(args.run_root) / name
     try:
         run_dir.mkdir(parents=True, exist_ok=bool(saved))
     except OSError as error:
         fail(f"--run-root {args.run_root}: {error}; allowed: a folder that can be written, and a run of its own")
-    gpu = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else ""
-    cpu = "CPU  <-- WARNING: no GPU; images are slow" if agent.decoder.images else "CPU (vectors: fine)"
-    print(f"run       {run_dir}\ndevice    {gpu or cpu}; PyTorch {torch.__version__}")
+    slow = "CPU  <-- WARNING: no GPU; images are slow" if agent.decoder.images else "CPU (vectors: fine)"
+    device = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else slow
+    print(f"run       {run_dir}\ndevice    {device}; PyTorch {torch.__version__}")
     print(f"agent     {args.agent}, {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
     print(f"training  {args.window} steps of {args.num_envs} environments an update, each window once", flush=True)
     if args.track:
         import wandb
 
-        names = dict(name=run_dir.name, id=run_dir.name, config=asdict(args))
-        wandb.init(**names, resume="allow", sync_tensorboard=True, save_code=True)
-    writer = SummaryWriter(run_dir, purge_step=saved["now"]["step"] + 1 if saved else None)
+        wandb.init(name=run_dir.name, id=run_dir.name, config=asdict(args), resume="allow", sync_tensorboard=True)
+    start = saved["now"]["step"] if saved else 0
+    writer = SummaryWriter(run_dir, purge_step=start + 1 if saved else None)
     table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", saved["now"]["step"] if saved else 0)
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", start)
     return run_dir, writer
 
 
 def finite(stats):
-    """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
-    update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
-    """
-    values = dict(zip(stats, torch.stack([x.float() for x in stats.values()]).tolist() if stats else [], strict=True))
+    """{name: 0-d tensor} -> {name: float}; waits for the device. Stops on nan and inf, before anything is saved."""
+    values = {name: float(x) for name, x in stats.items()}
     bad = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
     if bad:
         raise FloatingPointError(", ".join(bad))

@@ -667,16 +667,13 @@ def fail(message):
 
 def pick_device(args):
     """--device; auto takes the first GPU, else the CPU."""
-    gpus = torch.cuda.device_count()
-    try:
-        device = torch.device(args.device if args.device != "auto" else "cuda" if gpus else "cpu")
-        assert device.type == "cpu" or device.type == "cuda" and (device.index or 0) < gpus
-    except (AssertionError, RuntimeError):
-        fail(f"--device {args.device}: allowed: auto, cpu, cuda, cuda:1, ...; PyTorch sees {gpus} GPUs")
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)  # a graph is captured on the current device
-    return device
+    known = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    name = {"auto": known[:2][-1], "cuda": "cuda:0"}.get(args.device, args.device)
+    if name not in known:
+        fail(f"--device {args.device}: allowed on this machine: auto, {', '.join(known)}")
+    if name != "cpu":
+        torch.cuda.set_device(name)  # a graph is captured on the current device
+    return torch.device(name)
 
 
 MNIST = {  # SHA-256 of the IDX files, unpacked
@@ -785,7 +782,7 @@ def load(path, need=()):
 
 def inherit(args, path, saved, free):
     """The flags of a run; of those named in free, what is given now. Any other that is given must be as it was."""
-    flags = {**asdict(Args()), **saved, **OF_A_CALL}
+    flags = {**saved, **OF_A_CALL}
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
@@ -808,10 +805,8 @@ def load_agent(path, args=None, free=SHOWN):
 
 
 def finite(stats):
-    """{name: 0-d tensor} -> {name: float}, where the host waits for the device. Stops on nan and inf: on a CPU in the
-    update that has them, on a GPU at the next record or checkpoint, before which nothing is saved.
-    """
-    values = dict(zip(stats, torch.stack([x.float() for x in stats.values()]).tolist() if stats else [], strict=True))
+    """{name: 0-d tensor} -> {name: float}; waits for the device. Stops on nan and inf, before anything is saved."""
+    values = {name: float(x) for name, x in stats.items()}
     bad = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
     if bad:
         raise FloatingPointError(", ".join(bad))

@@ -4,7 +4,6 @@
 import copy
 import dataclasses
 import importlib
-import io
 import itertools
 import json
 import pathlib
@@ -15,7 +14,21 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from helpers import AGENTS, CONTEXT, Evil, act, experience, gif, host_waits, known, same, short, stateful, uniform, window
+from helpers import (
+    AGENTS,
+    CONTEXT,
+    Evil,
+    act,
+    experience,
+    gif,
+    host_waits,
+    known,
+    same,
+    short,
+    stateful,
+    uniform,
+    window,
+)
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 

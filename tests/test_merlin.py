@@ -527,14 +527,14 @@ def test_runs(name, env_id, kwargs, tmp_path):
 @pytest.mark.parametrize("name", AGENTS)
 def test_resume_is_exact(name, tmp_path, monkeypatch):
     """All that was saved is restored, and two resumes of one checkpoint end alike, bit for bit: weights, optimiser,
-    counters, random state. A checkpoint in the midst of episodes changes nothing in the run that goes on.
+    counters. A checkpoint in the midst of episodes changes nothing in the run that goes on.
     """
     flags = dict(agent=name, size="debug", device="cpu", num_envs=3, checkpoint_every=200)
     results, act = [], merlin.Agent.act
     for i, every in enumerate((200, 10_000)):
         more = dict(total_timesteps=400, checkpoint_every=every, run_root=str(tmp_path / f"{i}"))
         results.append(merlin.load(merlin.train(merlin.Args(**{**flags, **more}))["run_dir"]))
-    keys = "agent", "optimizer", "now", "random"
+    keys = "agent", "optimizer", "now"
     assert all(same(results[0][key], results[1][key]) for key in keys if key != "optimizer")
     half = merlin.train(merlin.Args(**flags, total_timesteps=200, run_root=str(tmp_path / "half")))
     run = Path(half["run_dir"])
@@ -542,7 +542,7 @@ def test_resume_is_exact(name, tmp_path, monkeypatch):
 
     def first(agent, inputs):
         if agent.args.resume not in begun:  # nothing has been played yet
-            assert same(agent.state_dict(), saved["agent"]) and torch.equal(torch.get_rng_state(), saved["random"])
+            assert same(agent.state_dict(), saved["agent"])
             optimizer = agent.optimizer.state_dict()["state"]
             assert optimizer.keys() == saved["optimizer"]["state"].keys()
             assert all(same(optimizer[i], saved["optimizer"]["state"][i]) for i in optimizer)

@@ -197,12 +197,14 @@ def test_initial_weights():
 
 def take_means(monkeypatch, rssm):
     """Latents without noise, in filtering and in imagination."""
-    for name, steps in ("observe", 2), ("imagine", 1):  # steps: the argument whose shape begins with (B, T)
-
-        def call(self, *args, real=getattr(rssm, name), steps=steps):
-            return real(self, *args, noise=torch.zeros(*args[steps].shape[:2], self.args.stoch))
-
-        monkeypatch.setattr(rssm, name, call)
+    observe, imagine = rssm.observe, rssm.imagine
+    zeros = lambda self, x: torch.zeros(*x.shape[:2], self.args.stoch)
+    monkeypatch.setattr(
+        rssm, "observe", lambda self, embed, *x, noise=None: observe(self, embed, *x, noise=zeros(self, embed))
+    )
+    monkeypatch.setattr(
+        rssm, "imagine", lambda self, state, x, noise=None: imagine(self, state, x, noise=zeros(self, x))
+    )
 
 
 def slow_observe(dynamics, rssm, embed, action, is_first, noise):

@@ -61,7 +61,7 @@ def dependencies(name):
     block = re.search(r"(?m)^# /// script$\n((?:^#(?: .*)?$\n)+?)^# ///$", read(name)[0])[1]
     content = re.sub(r"(?m)^# ?", "", block)
     assert re.search(r'(?m)^requires-python = ">=3\.\d+"$', content)
-    return set(ast.literal_eval(re.search(r"dependencies = (\[.*?\n\])", content, re.S)[1]))
+    return set(ast.literal_eval(re.search(r"dependencies = (\[.*\])", content, re.S)[1]))
 
 
 def depth(node):

@@ -466,6 +466,7 @@ def test_resume_is_exact(module, tmp_path, made, monkeypatch, env_id, where):
             result = module.train(module.Args(resume=str(copied), device="cpu"))
         ends.append(final(module, made, result))
     assert same(saves[0], restores[0]) and same(restores[0], restores[1])
+    assert torch.initial_seed() == saved["args"]["seed"] + saved["now"]["step"]  # new numbers
     assert ends[0]["saved"]["now"]["step"] >= 160 and same(*ends)
     now, later = saved["now"], ends[0]["saved"]["now"]
     whole = module.train(module.Args(resume=str(run), total_timesteps=now["step"], device="cpu"))  # has ended already

@@ -201,11 +201,13 @@ def measure(
 
     update = captured(agent.update)
 
+    before = 0 if module.__name__ == "dreamerv2" else 1  # rows before the window, for the first action
+
     def work():
-        batch = replay.sample(args.batch_size, args.batch_length + agent.context)
+        batch = replay.sample(args.batch_size, args.batch_length + before)
         result = update({key: x.to(agent.device) for key, x in batch.items()})
         if stateful:
-            replay.write(batch["index"][:, agent.context :], {key: result[key] for key in extras[0]})
+            replay.write(batch["index"][:, before:], {key: result[key] for key in extras[0]})
 
     work()
     wait()

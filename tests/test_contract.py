@@ -177,7 +177,7 @@ def test_open_loop(module):
     """The video has a frame for each step, and shows the true images above those of the model."""
     agent, replay = experience(module)
     batch = window(module, agent, replay, 6)
-    truth = batch["image"][:, CONTEXT[module.__name__] :].clone()
+    truth = batch["image"][:, CONTEXT[module.__name__.split("_")[0]] :].clone()
     video = module.open_loop(agent, batch)
     assert video.dtype == np.uint8 and video.ndim == 4 and video.shape[3] == 3 and len(video) == truth.shape[1]
     side_by_side = truth.permute(1, 2, 0, 3, 4).flatten(2, 3).numpy()
@@ -256,7 +256,7 @@ def test_acting_forgets_at_is_first(module, action):
 def test_training_forgets_at_is_first(module, action):
     """Whatever lies before an is_first row in a window changes neither losses nor features from there on."""
     agent, replay = experience(module, f"Tiny-both-{action}-v0")
-    batch, start, context = window(module, agent, replay), 5, CONTEXT[module.__name__]
+    batch, start, context = window(module, agent, replay), 5, CONTEXT[module.__name__.split("_")[0]]
     keys = [key for key in batch if key not in ("index", "is_first", "is_last", "is_terminal")]
     differences = []
     for marked in True, False:
@@ -282,7 +282,7 @@ def test_training_forgets_at_is_first(module, action):
 def test_training_sees_the_action_before(module, action):
     """The model at row t sees action[t-1]: action[k] changes features from k+1 on, the last action none at all."""
     agent, replay = experience(module, f"Tiny-both-{action}-v0")
-    batch, context = window(module, agent, replay), CONTEXT[module.__name__]
+    batch, context = window(module, agent, replay), CONTEXT[module.__name__.split("_")[0]]
     batch["is_first"][:] = False
     feats = []
     for k in None, 4, agent.args.batch_length + context - 1:
@@ -303,10 +303,10 @@ def test_acting_and_training_agree(module, monkeypatch, action):
     monkeypatch.setattr(module, "sample_onehot", mode)
     agent, replay = experience(module, f"Tiny-both-{action}-v0", rows=80, num_envs=1)
     resets = replay.data["is_first"][:60, 0].nonzero()[1:6, 0]
-    index = resets[:, None] + torch.arange(-CONTEXT[module.__name__], 16)
+    index = resets[:, None] + torch.arange(-CONTEXT[module.__name__.split("_")[0]], 16)
     batch = {key: x[index, 0] for key, x in replay.data.items()}
     post = agent.model_losses(batch)[2]
-    stored = {key: x[:, CONTEXT[module.__name__] :] for key, x in batch.items()}
+    stored = {key: x[:, CONTEXT[module.__name__.split("_")[0]] :] for key, x in batch.items()}
     assert torch.allclose(post["deter"], stored["deter"].float(), rtol=2**-7, atol=1e-4)
     assert torch.equal(post["stoch"].byte(), stored["stoch"])
     assert float(stored["deter"].float().std(1).mean()) > 0.01  # states do move
@@ -447,6 +447,7 @@ def test_resume_is_exact(module, tmp_path, made, monkeypatch, env_id, where):
 
     def restored(*args):
         restores.append(everything(made))
+        assert torch.initial_seed() == saved["args"]["seed"] + saved["now"]["step"]  # new random numbers
         return start_row(*args)
 
     monkeypatch.setattr(module, "next_row", killed_step)
@@ -466,7 +467,6 @@ def test_resume_is_exact(module, tmp_path, made, monkeypatch, env_id, where):
             result = module.train(module.Args(resume=str(copied), device="cpu"))
         ends.append(final(module, made, result))
     assert same(saves[0], restores[0]) and same(restores[0], restores[1])
-    assert torch.initial_seed() == saved["args"]["seed"] + saved["now"]["step"]  # new numbers
     assert ends[0]["saved"]["now"]["step"] >= 160 and same(*ends)
     now, later = saved["now"], ends[0]["saved"]["now"]
     whole = module.train(module.Args(resume=str(run), total_timesteps=now["step"], device="cpu"))  # has ended already

@@ -41,7 +41,7 @@ def updated(module, updates=8, compile=False, **flags):
     if compile:
         kernels.compiled(agent)
     captured(module, agent)
-    batches = [uniform(replay, 4, args.batch_length + CONTEXT[module.__name__]) for _ in range(updates)]
+    batches = [uniform(replay, 4, args.batch_length + CONTEXT[module.__name__.split("_")[0]]) for _ in range(updates)]
     before, history = [p.detach().clone() for p in agent.params], []
     torch.manual_seed(0)
     for batch in batches:

@@ -147,11 +147,12 @@ def resolve(args: Args) -> Args:
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     rows = min(args.total_timesteps * 9 // 8, 1_000_000)  # an eighth for the rows of resets
     args = replace(args, buffer_size=rows if args.buffer_size is None else args.buffer_size)
-    positive = ["num_envs", "action_repeat", "total_timesteps", "batch_size", "train_ratio", "learning_starts"]
-    positive += ["buffer_size", "checkpoint_every", "imag_horizon", "warmup", "eval_episodes"]
-    for name, least in {**dict.fromkeys(positive, 0), "batch_length": 1, "bins": 2}.items():
-        if getattr(args, name) <= least:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: more than {least}")
+    least = dict(batch_length=2, bins=3, seed=0) | dict.fromkeys(("train_ratio", "learning_rate", "agc", "eps"), 1e-30)
+    ones = "gamma", "lam", "beta1", "beta2", "unimix", "actor_unimix", "slow_rate", "return_rate"
+    for name, value in asdict(args).items():
+        low, high = least.get(name, 1 if type(value) is int else 0), 1 if name in ones else 1e18
+        if type(value) in (int, float) and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} {value}: allowed: {low:g} to {high:g}")
     if args.bins % 2 == 0 or args.deter % args.blocks:
         fail(f"--bins {args.bins} must be odd; --blocks {args.blocks} must divide --deter {args.deter}")
     needed = args.num_envs * (-(-args.learning_starts // args.num_envs) + args.batch_length)  # rows at the first update
@@ -380,7 +381,7 @@ def unimix(logits, mix):
 
 def sample_onehot(probs, noise=None):
     """Exact categorical sample, no host sync: arg-max of p / noise, noise ~ Exp(1). (..., K) -> one-hot (..., K)."""
-    noise = torch.rand_like(probs).log_().neg_() if noise is None else noise
+    noise = torch.rand_like(probs, dtype=torch.float32).log_().neg_() if noise is None else noise
     index = (probs.detach() / noise).argmax(-1, keepdim=True)
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
@@ -802,9 +803,9 @@ class Replay:
 
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
-    if args.eval or args.dream:
+    if args.eval is not None or args.dream is not None:
         return show(args)
-    saved = load(args.resume, need=("args", "agent", "now")) if args.resume else None
+    saved = load(args.resume, need=("args", "agent", "now")) if args.resume is not None else None
     args = resolve(inherit(args, args.resume, saved["args"], RESUMED) if saved else args)
     tune(args)
     now = saved["now"] if saved else dict(step=0, updates=0, first_step=None, recent=[])
@@ -866,14 +867,14 @@ def train(args: Args) -> dict:
                 began, since = time.time(), step
             if done or before // args.checkpoint_every < step // args.checkpoint_every:
                 finite(stats)  # what is broken is not saved
-                if replay.windows(rows):
-                    video = open_loop(agent, replay.sample(6, rows, online=False))
-                    save_gif(run_dir / "open_loop.gif", video)
-                    writer.add_image("open_loop", video[-1], step, dataformats="HWC")  # the farthest prediction
                 now = dict(step=step, updates=updates, first_step=first_step, recent=recent)
                 parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state, "now": now}
                 parts |= {"replay": replay.save(run_dir / "replay"), "args": asdict(args), "source": SOURCE}
                 save(run_dir / "checkpoint.pt", **parts)
+                if replay.windows(rows):
+                    video = open_loop(agent, replay.sample(6, rows, online=False))
+                    save_gif(run_dir / "open_loop.gif", video)
+                    writer.add_image("open_loop", video[-1], step, dataformats="HWC")  # the farthest prediction
                 writer.flush()
     except Exception as error:
         raise RuntimeError(f"policy step {step:,} of {run_dir}: {type(error).__name__}: {error}") from error
@@ -1094,12 +1095,12 @@ def save_gif(path, frames):
 
 
 def picture(obs):
-    """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the vectors as gray cells."""
+    """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the first 64 numbers as cells."""
     images = [obs[key] for key in sorted(obs) if obs[key].dim() == 5]
     if images:
         image = images[0].float() if images[0].dtype == torch.uint8 else 255 * images[0].clamp(0, 1)
         return image[..., :1].expand(*image.shape[:-1], 3) if image.shape[-1] < 3 else image[..., :3]
-    cells = torch.cat([obs[key].float() for key in sorted(obs)], -1).sigmoid() * 255
+    cells = torch.cat([obs[key].float() for key in sorted(obs)], -1)[..., :64].sigmoid() * 255
     return cells.repeat_interleave(16, -1)[..., None, :, None].expand(-1, -1, 32, -1, 3)
 
 
@@ -1187,11 +1188,11 @@ def load_agent(path, args=None):
 
 def show(args):
     """--eval or --dream: print the returns, leave a GIF beside the checkpoint."""
-    if args.resume or args.eval and args.dream:
+    if [args.resume, args.eval, args.dream].count(None) < 2:
         fail("--resume --eval --dream: one of them at a time is allowed")
-    path = Path(args.eval or args.dream)
+    path = Path(args.dream if args.eval is None else args.eval)
     folder, (agent, args) = path if path.is_dir() else path.parent, load_agent(path, args)
-    if args.dream:
+    if args.dream is not None:
         save_gif(folder / "dream.gif", dream(agent, args))
         return {"run_dir": str(folder)}
     scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")

@@ -99,7 +99,7 @@ def resolve(args: Args) -> Args:
     if args.learning_rate is None:
         args = replace(args, learning_rate={"adam": 1e-3, "sgd": 3e-3}[args.optimizer])
     least = dict.fromkeys(["total_steps", "batch_size", "eval_samples", "eval_images", "eval_every", "slope_max"], 1)
-    least |= dict(anneal_rate=0, temperature=1e-6, learning_rate=1e-12)
+    least |= dict(anneal_rate=0, temperature=1e-6, learning_rate=1e-12, seed=0)
     for name, bound in least.items():
         if not bound <= getattr(args, name) < float("inf"):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: {bound} or more")
@@ -130,7 +130,8 @@ def log_softmax(x):
 
 def exponential(like):
     """Exp(1) noise, -ln u; -ln of it is Gumbel noise. float32 uniforms are 0 once in 10^7 draws, hence the clamp."""
-    return -torch.rand_like(like).clamp_(min=1e-12).log_()
+    dtype = torch.promote_types(like.dtype, torch.float32)  # in bfloat16 rare classes are drawn never or too seldom
+    return -torch.rand_like(like, dtype=dtype).clamp_(min=1e-12).log_()
 
 
 def onehot_max(x):
@@ -144,8 +145,9 @@ def sample_onehot(logp, copies=()):
     logp: (..., K) log-probabilities; copies: extra leading axes -> one-hot (*copies, ..., K), no gradient. Unlike
     multinomial fast, and without a host sync.
     """
-    cumulative = logp.detach().exp().cumsum(-1)[..., :-1]
-    u = torch.rand(*copies, *logp.shape[:-1], 1, dtype=logp.dtype, device=logp.device)
+    dtype = torch.promote_types(logp.dtype, torch.float32)
+    cumulative = logp.detach().to(dtype).exp().cumsum(-1)[..., :-1]
+    u = torch.rand(*copies, *logp.shape[:-1], 1, dtype=dtype, device=logp.device)
     z = F.pad((u >= cumulative).to(logp.dtype), (1, 0), value=1.0)  # 1 ... 1 0 ... 0
     z[..., :-1] -= z[..., 1:].clone()  # only the last 1 stays
     return z
@@ -581,13 +583,13 @@ def batches(count, size, step, seed, device="cpu"):
 
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "curve", "seconds", bounds, losses}; --eval: bounds only."""
-    if args.eval and args.resume:
+    if args.eval is not None and args.resume is not None:
         fail(f"--resume {args.resume} --eval {args.eval}: one of them at a time is allowed")
-    if args.eval:
+    if args.eval is not None:
         agent, args = load_agent(args.eval, args)
         return evaluate(agent, load_data(args, agent.device)["test"][: args.eval_images], args.eval_samples)
     step, curve, seconds, saved = 0, [], 0.0, None
-    if args.resume:
+    if args.resume is not None:
         saved = load(args.resume, need=("args", "agent", "optimizer", "now"))
         step, curve, seconds = (saved["now"][key] for key in ("step", "curve", "seconds"))
         agent, args = load_agent(args.resume, args, RESUMED)

@@ -139,7 +139,7 @@ def resolve(args: Args) -> Args:
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     for name, value in asdict(args).items():
         least = 0 if name in (*ALPHAS, "entropy_scale", "value_scale", "gamma", "lam", "seed", "log_every") else 1e-12
-        most = 1 if name in ("gamma", "lam") else float("inf")
+        most = 1 if name in ("gamma", "lam") else 1e18
         if type(value) in (int, float) and not least <= value <= most:
             fail(f"--{name.replace('_', '-')} {value}: allowed: {'more than 0' if least else '0 or more'}, to {most:g}")
     return args
@@ -341,7 +341,7 @@ def kl_gaussian(mean, std, mean2, std2):
 
 def sample_onehot(probs, noise=None):
     """Exact categorical sample, no host sync: arg-max of p / noise, noise ~ Exp(1). (..., K) -> one-hot (..., K)."""
-    noise = torch.rand_like(probs).log_().neg_() if noise is None else noise
+    noise = torch.rand_like(probs, dtype=torch.float32).log_().neg_() if noise is None else noise
     index = (probs.detach() / noise).argmax(-1, keepdim=True)
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
@@ -571,9 +571,9 @@ AGENTS = {"merlin": Agent, "rl_mem": RLAgent, "rl_lstm": RLAgent}  # --agent
 
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
-    if args.eval:
+    if args.eval is not None:
         return show(args)
-    saved = load(args.resume, need=("args", "agent", "now")) if args.resume else None
+    saved = load(args.resume, need=("args", "agent", "now")) if args.resume is not None else None
     args = resolve(inherit(args, args.resume, saved["args"], RESUMED) if saved else args)
     tune(args)
     now = saved["now"] if saved else dict(step=0, updates=0, recent=[])
@@ -846,12 +846,12 @@ def save_gif(path, frames):
 
 
 def picture(obs):
-    """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the vectors as gray cells."""
+    """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the first 64 numbers as cells."""
     images = [obs[key] for key in sorted(obs) if obs[key].dim() == 5]
     if images:
         image = images[0].float() if images[0].dtype == torch.uint8 else 255 * images[0].clamp(0, 1)
         return image[..., :1].expand(*image.shape[:-1], 3) if image.shape[-1] < 3 else image[..., :3]
-    cells = torch.cat([obs[key].float() for key in sorted(obs)], -1).sigmoid() * 255
+    cells = torch.cat([obs[key].float() for key in sorted(obs)], -1)[..., :64].sigmoid() * 255
     return cells.repeat_interleave(16, -1)[..., None, :, None].expand(-1, -1, 32, -1, 3)
 
 
@@ -931,7 +931,7 @@ def load_agent(path, args=None):
 
 def show(args):
     """--eval: print the returns, leave a GIF beside the checkpoint."""
-    if args.resume:
+    if args.resume is not None:
         fail("--resume --eval: one of them at a time is allowed")
     path = Path(args.eval)
     folder, (agent, args) = path if path.is_dir() else path.parent, load_agent(path, args)

@@ -133,13 +133,12 @@ def resolve(args: Args) -> Args:
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     rows = min(args.total_timesteps * 9 // 8, 1_000_000)  # an eighth for the rows of resets
     args = replace(args, buffer_size=rows if args.buffer_size is None else args.buffer_size)
+    least = dict(batch_length=2, seed=0) | dict.fromkeys(("learning_rate", "eps", "clip", "min_std"), 1e-12)
     for name, value in asdict(args).items():
-        least = {"seed": 0, "batch_length": 2}.get(name, 1)
-        if type(value) is int and value < least:
-            fail(f"--{name.replace('_', '-')} {value}: allowed: {least} or more")
-    for name, most in ("top", args.candidates), ("bits", 8):
-        if getattr(args, name) > most:
-            fail(f"--{name} {getattr(args, name)}: allowed: at most {most}")
+        low = least.get(name, 1 if type(value) is int else 0)
+        high = {"top": args.candidates, "bits": 8}.get(name, 1e18)
+        if type(value) in (int, float) and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} {value}: allowed: {low:g} to {high:g}")
     if args.buffer_size // args.num_envs <= args.batch_length:
         fail(f"--buffer-size {args.buffer_size}: allowed: --num-envs windows of --batch-length + 1 rows, or more")
     if args.atari_protocol != Args.atari_protocol and family != "ALE":
@@ -598,9 +597,9 @@ class Replay:
 
 def train(args: Args) -> dict:
     """Algorithm 1. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
-    if args.eval or args.dream:
+    if args.eval is not None or args.dream is not None:
         return show(args)
-    saved = load(args.resume, need=("args", "agent", "now")) if args.resume else None
+    saved = load(args.resume, need=("args", "agent", "now")) if args.resume is not None else None
     args = resolve(inherit(args, args.resume, saved["args"], RESUMED) if saved else args)
     tune(args)
     now = saved["now"] if saved else dict(step=0, updates=0, episodes=0, recent=[])
@@ -660,14 +659,14 @@ def train(args: Args) -> dict:
                 began, since = time.time(), step
             if done or before // args.checkpoint_every < step // args.checkpoint_every:
                 finite(stats)  # what is broken is not saved
-                if replay.windows(rows):
-                    video = open_loop(agent, replay.sample(6, rows))
-                    save_gif(run_dir / "open_loop.gif", video)
-                    writer.add_image("open_loop", video[-1], step, dataformats="HWC")  # the farthest prediction
                 now = dict(step=step, updates=updates, episodes=episodes, recent=recent)
                 parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state, "now": now}
                 parts |= {"replay": replay.save(run_dir / "replay"), "args": asdict(args), "source": SOURCE}
                 save(run_dir / "checkpoint.pt", **parts)
+                if replay.windows(rows):
+                    video = open_loop(agent, replay.sample(6, rows))
+                    save_gif(run_dir / "open_loop.gif", video)
+                    writer.add_image("open_loop", video[-1], step, dataformats="HWC")  # the farthest prediction
                 writer.flush()
     except Exception as error:
         raise RuntimeError(f"policy step {step:,} of {run_dir}: {type(error).__name__}: {error}") from error
@@ -898,12 +897,12 @@ def save_gif(path, frames):
 
 
 def picture(obs):
-    """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the vectors as gray cells."""
+    """{key: (B, T, ...)} -> (B, T, H, W, 3), 0 to 255: the first image, or else the first 64 numbers as cells."""
     images = [obs[key] for key in sorted(obs) if obs[key].dim() == 5]
     if images:
         image = images[0].float() if images[0].dtype == torch.uint8 else 255 * images[0].clamp(0, 1)
         return image[..., :1].expand(*image.shape[:-1], 3) if image.shape[-1] < 3 else image[..., :3]
-    cells = torch.cat([obs[key].float() for key in sorted(obs)], -1).sigmoid() * 255
+    cells = torch.cat([obs[key].float() for key in sorted(obs)], -1)[..., :64].sigmoid() * 255
     return cells.repeat_interleave(16, -1)[..., None, :, None].expand(-1, -1, 32, -1, 3)
 
 
@@ -991,11 +990,11 @@ def load_agent(path, args=None):
 
 def show(args):
     """--eval or --dream: print the returns, leave a GIF beside the checkpoint."""
-    if args.resume or args.eval and args.dream:
+    if [args.resume, args.eval, args.dream].count(None) < 2:
         fail("--resume --eval --dream: one of them at a time is allowed")
-    path = Path(args.eval or args.dream)
+    path = Path(args.dream if args.eval is None else args.eval)
     folder, (agent, args) = path if path.is_dir() else path.parent, load_agent(path, args)
-    if args.dream:
+    if args.dream is not None:
         save_gif(folder / "dream.gif", dream(agent, args))
         return {"run_dir": str(folder)}
     scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")

@@ -17,6 +17,7 @@ from gymnasium import spaces
 from helpers import (
     AGENTS,
     CONTEXT,
+    FILES,
     Evil,
     act,
     experience,
@@ -532,6 +533,50 @@ def test_resume_refuses_other_flags(module, run_dir, capsys):
     with pytest.raises(SystemExit) as stop:
         module.train(module.Args(resume=str(run_dir), eps=0.5, device="cpu"))
     assert stop.value.code == 2 and "--eps 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_number(name, capsys):
+    """Each flag that is a number refuses -1, nan and inf in one line that names it, with exit code 2."""
+    module = importlib.import_module(name)
+    full = module.resolve(module.Args(size="debug", device="cpu"))
+    numbers = {key: type(x) for key, x in dataclasses.asdict(full).items() if type(x) in (int, float)}
+    for key, kind in numbers.items():
+        for value in kind(-1), float("nan"), float("inf"):
+            with pytest.raises(SystemExit) as stop:
+                module.resolve(dataclasses.replace(full, **{key: value}))
+            error = capsys.readouterr().err
+            assert stop.value.code == 2 and f"--{key.replace('_', '-')} {value}:" in error and error.count("\n") == 1, (
+                error
+            )
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("flag", ["resume", "eval", "dream"])
+def test_empty_paths(name, flag, tmp_path, capsys, monkeypatch):
+    """An empty path, as of a variable that is not set, is no path: nothing is trained instead."""
+    module = importlib.import_module(name)
+    if known(module, {flag: ""}):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as stop:
+            module.train(module.Args(size="debug", device="cpu", **{flag: ""}))
+        assert stop.value.code == 2 and "cannot be read" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["dreamerv2", "dreamerv3", "merlin", "gumbel_softmax"])
+def test_samples_in_bfloat16(name):
+    """Rare classes come as often as they should, also where logits are of few bits: within 6 standard errors."""
+    module, logits, n = importlib.import_module(name), torch.tensor([0.0, -7.0], dtype=torch.bfloat16), 1_000_000
+    torch.manual_seed(0)
+    p = logits.double().softmax(-1)[1]
+    if name == "gumbel_softmax":
+        given = logits.float().log_softmax(-1).bfloat16().expand(n, 2)
+        shares = [module.sample_onehot(given), module.st_gumbel_softmax(logits.expand(n, 2), 1.0)]
+    else:
+        shares = [module.sample_onehot(logits.float().softmax(-1).bfloat16().expand(n, 2))]
+    for share in shares:
+        assert abs(share[:, 1].double().mean() - p) < 6 * (p / n) ** 0.5 + 0.01 * p  # the probability is rounded, too
 
 
 def test_resolve(module):

@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 
+import gymnasium as gym
 import pytest
 import torch
-from helpers import experience, known, short
+from helpers import experience, gif, known, short
 from kills import MOMENTS
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -126,6 +127,33 @@ def test_other_checkpoints(module, run, capsys):
         harm(file)
         refused(module, capsys, str(file), resume=str(run), total_timesteps=200)
     assert sorted(run.iterdir()) == names
+
+
+class Wide(gym.Env):
+    """Steps with 700 numbers to see; an episode has five."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (700,)), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.count += 1
+        return self.observation_space.sample(), 1.0, False, self.count == 5, {}
+
+
+def test_wide_vectors(module, tmp_path):
+    """Pictures of many numbers stay small enough for a GIF, and come after the checkpoint is safe."""
+    gym.register("Wide-v0", Wide)
+    try:
+        result = module.train(short(module, "Wide-v0", tmp_path))
+    finally:
+        del gym.registry["Wide-v0"]
+    folder = pathlib.Path(result["run_dir"])
+    assert gif(folder / "open_loop.gif")[1][0] <= 6 * 64 * 16
+    assert (folder / "checkpoint.pt").stat().st_mtime <= (folder / "open_loop.gif").stat().st_mtime
 
 
 # --- faults in a run --------------------------------------------------------------------------------------------------

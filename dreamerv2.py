@@ -11,7 +11,6 @@ Paper: Hafner et al., "Mastering Atari with Discrete World Models", arXiv 2010.0
 of it, "Table" its hyperparameter table D.1, "code" the authors' release in its last state (May 2022).
 
     python dreamerv2.py --env-id ALE/Pong-v5              train with the code's last settings: 5M policy steps
-    python dreamerv2.py --env-id ALE/Pong-v5 --size atari                      the paper's: 12.5 times the replay
     python dreamerv2.py --env-id dm_control/walker-walk-v0                     from pixels; --obs vector: from states
     python dreamerv2.py --resume runs/...                 go on where the last checkpoint stands, replay included
     python dreamerv2.py --eval runs/.../checkpoint.pt     play 10 episodes, print the returns, save eval.gif
@@ -172,9 +171,8 @@ SIDES = (64,)  # of images: the transposed convolutions end at 64
 def resolve(args: Args) -> Args:
     """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins."""
     family = args.env_id.split("/")[0]
-    if args.size == "auto":
-        dmc = "dmc-proprio" if args.obs == "vector" else "dmc-vision"
-        args = replace(args, size={"ALE": "atari-fast", "dm_control": dmc}.get(family, "small"))
+    auto = {"ALE": "atari-fast", "dm_control": "dmc-proprio" if args.obs == "vector" else "dmc-vision"}
+    args = replace(args, size=auto.get(family, "small") if args.size == "auto" else args.size)
     preset = {**SIZES[args.size], "action_repeat": {"ALE": 4, "dm_control": 2}.get(family, 1)}
     preset["obs"] = "image" if family == "dm_control" else "vector"
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
@@ -609,10 +607,9 @@ class Agent(nn.Module):
         target = batch["reward"].tanh() if args.tanh_reward else batch["reward"]  # (B, T)
         losses = {"reward": (reward - target).square() / 2}
         if self.decoder.images:  # -ln N(x; mean, 1) without its constant: half the squared error, summed
-            errors = [recon[key] - batch[key] / 255 for key in self.decoder.images]
-            losses["image"] = sum(error.square().sum((2, 3, 4)) / 2 for error in errors)
+            losses["image"] = sum((recon[x] - batch[x] / 255).square().sum((2, 3, 4)) / 2 for x in self.decoder.images)
         if self.decoder.vectors:
-            losses["vector"] = sum((recon[key] - batch[key]).square().sum(2) / 2 for key in self.decoder.vectors)
+            losses["vector"] = sum((recon[x] - batch[x]).square().sum(2) / 2 for x in self.decoder.vectors)
         if self.cont:  # it learns the discounted probability, so imagination needs no gamma of its own
             cont = (1 - batch["is_terminal"].float()) * args.gamma  # (B, T)
             losses["cont"] = F.binary_cross_entropy_with_logits(cont_logit, cont, reduction="none")
@@ -859,8 +856,7 @@ def open_loop(agent, batch):
         last, plan = {key: x[:, -1] for key, x in post.items()}, iter(action[:, seen:].unbind(1))
         feat, _ = agent.rssm.imagine(last, lambda _: next(plan), is_first.shape[1] - seen)
         model = picture(agent.decoder(torch.cat([agent.rssm.feat(post), feat[:, 1:]], 1)))
-    truth = picture(obs)
-    return film(torch.cat([truth, model, (model - truth + 255) / 2], 2), seen)
+    return film(torch.cat([picture(obs), model, (model - picture(obs) + 255) / 2], 2), seen)
 
 
 @torch.no_grad()
@@ -958,16 +954,16 @@ def tune(args):
 def adapt(env):
     """One environment -> Dict of uint8 images (H, W, C) and flat float32 vectors; Box actions clipped to [-1, 1]."""
     space, action = env.observation_space, env.action_space
-    named, box = isinstance(space, spaces.Dict), isinstance(action, spaces.Box)
+    named, box = isinstance(space, spaces.Dict), isinstance(action, spaces.Box) and action.dtype.kind == "f"
     parts = dict(space.spaces) if named else {"image" if is_image(space) else "vector": space}
     if not (np.isfinite([action.low, action.high]).all() if box else isinstance(action, spaces.Discrete)):
-        raise ValueError(f"action space {action}; allowed: Discrete, or Box with finite bounds")
+        raise ValueError(f"action space {action}; allowed: Discrete, or Box of floats with finite bounds")
     taken = {"action", "reward", "is_first", "is_last", "is_terminal", "deter", "stoch", "index"}
     if any(key in taken or "." in key or hasattr(nn.ModuleDict, key) for key in parts):
         raise ValueError(f"observations {list(parts)}; allowed: no dots, no attributes of nn.ModuleDict, not {taken}")
     if box:
-        env = gym.wrappers.RescaleAction(env, action.dtype.type(-1), action.dtype.type(1))
-        env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, -1, 1), spaces.Box(-1, 1, action.shape))
+        fit = lambda a: np.clip(action.low + (a + 1) / 2 * (action.high - action.low), action.low, action.high)
+        env = gym.wrappers.TransformAction(env, lambda a: fit(a).astype(action.dtype), spaces.Box(-1, 1, action.shape))
     else:
         env = gym.wrappers.TransformAction(env, lambda a: a + action.start, spaces.Discrete(action.n))
     flat_space = lambda part: part if is_image(part) else spaces.Box(-np.inf, np.inf, (spaces.flatdim(part),))
@@ -1018,6 +1014,7 @@ def make_envs(env_id, num_envs, seed, args, render=False):
         else:
             make, mode = partial(make_env, env_id, args, kwargs, render), gym.vector.AutoresetMode.NEXT_STEP
             envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
+            envs._add_info = lambda infos, *_: infos  # nobody reads them, and they need not fit together
         sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
         if len(sizes) > 1 or any(side not in SIDES for size in sizes for side in size):
             raise ValueError(f"images of {sizes}; allowed: one size, sides among {list(SIDES)}")
@@ -1040,6 +1037,9 @@ def start_row(envs, seed):
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
     obs, reward, terminated, truncated, _ = envs.step(action)
+    bad = [key for key, x in {**obs, "reward": reward}.items() if not np.isfinite(x).all()]
+    if bad:
+        raise ValueError(f"the environment gives numbers that are not finite: {', '.join(bad)}")
     ends = {"is_first": row["is_last"], "is_last": terminated | truncated, "is_terminal": terminated}
     return {**obs, **ends, "reward": reward.astype(np.float32)}
 

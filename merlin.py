@@ -315,8 +315,7 @@ class DeepLSTM(nn.Module):
         """(N, inputs), (N, L, U), (N, L, U) -> h, c."""
         hs, cs = [], []
         for i, cell in enumerate(self.cells):
-            below = hs[-1:]  # of the first layer: none
-            new_h, new_c = cell(torch.cat([x, *below], -1), (h[:, i], c[:, i]))
+            new_h, new_c = cell(torch.cat([x, *hs[-1:]], -1), (h[:, i], c[:, i]))  # below the first: no layer
             hs.append(new_h)
             cs.append(new_c)
         return torch.stack(hs, 1), torch.stack(cs, 1)
@@ -457,8 +456,7 @@ class Agent(nn.Module):
         state = self.forget(state_of(inputs), inputs["is_first"])
         embed = self.encoder(inputs, state["action"], inputs["reward"])  # (N, E)
         noise = torch.randn_like(state["noise"])  # (N, Z)
-        mode = lambda logits: onehot(logits.argmax(-1), self.actions)
-        choose = mode if eval else lambda logits: sample_onehot(logits.softmax(-1))
+        choose = lambda logits: onehot(logits.argmax(-1), self.actions) if eval else sample_onehot(logits.softmax(-1))
         return {**self.tick(embed, state, noise, choose)[1], "noise": noise}
 
     def env_action(self, state):
@@ -521,12 +519,11 @@ class Agent(nn.Module):
         grads = torch.autograd.grad(losses["total"], self.params, materialize_grads=True)
         for p, grad in zip(self.params, grads, strict=True):
             p.grad = grad
-        stats = {key: x.detach().mean() for key, x in stats.items()}
+        stats = {f"stats/{key}": x.detach().mean() for key, x in stats.items()}
         for group in self.optimizer.param_groups:
-            stats[f"{group['name']}_grad_norm"] = nn.utils.clip_grad_norm_(group["params"], group["clip"])
+            stats[f"stats/{group['name']}_grad_norm"] = nn.utils.clip_grad_norm_(group["params"], group["clip"])
         self.optimizer.step()
-        losses = {f"losses/{key}": loss.detach() for key, loss in losses.items()}
-        return {**losses, **{f"stats/{key}": x for key, x in stats.items()}}
+        return stats | {f"losses/{key}": x.detach() for key, x in losses.items()}
 
 
 class RLAgent(Agent):
@@ -810,14 +807,14 @@ def make_envs(env_id, num_envs, seed, args, render=False):
         kwargs = dict(json.loads(args.env_kwargs))
         make, mode = partial(make_env, env_id, args, kwargs, render), gym.vector.AutoresetMode.NEXT_STEP
         envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
+        envs._add_info = lambda infos, *_: infos  # nobody reads them, and they need not fit together
         sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
         if sizes - {(64, 64)}:
             raise ValueError(f"images of {sizes}; allowed: 64 x 64")
     except Exception as error:  # of any kind: users' constructors run here
         place = traceback.extract_tb(error.__traceback__)[-1]
         at = f"{type(error).__name__} at {place.filename}:{place.lineno}"
-        flags = f"--env-id {env_id} --env-kwargs {args.env_kwargs}"
-        fail(f"{flags}: {error} ({at}); allowed: a known id, a JSON object")
+        fail(f"--env-id {env_id} --env-kwargs {args.env_kwargs}: {error} ({at}); allowed: a known id, a JSON object")
     envs.action_space.seed(seed)  # reset does not
     return envs
 
@@ -832,6 +829,9 @@ def start_row(envs, seed):
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
     obs, reward, terminated, truncated, _ = envs.step(action)
+    bad = [key for key, x in {**obs, "reward": reward}.items() if not np.isfinite(x).all()]
+    if bad:
+        raise ValueError(f"the environment gives numbers that are not finite: {', '.join(bad)}")
     ends = {"is_first": row["is_last"], "is_last": terminated | truncated, "is_terminal": terminated}
     return {**obs, **ends, "reward": reward.astype(np.float32)}
 

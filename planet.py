@@ -801,16 +801,16 @@ def tune(args):
 def adapt(env):
     """One environment -> Dict of uint8 images (H, W, C) and flat float32 vectors; Box actions clipped to [-1, 1]."""
     space, action = env.observation_space, env.action_space
-    named, box = isinstance(space, spaces.Dict), isinstance(action, spaces.Box)
+    named, box = isinstance(space, spaces.Dict), isinstance(action, spaces.Box) and action.dtype.kind == "f"
     parts = dict(space.spaces) if named else {"image" if is_image(space) else "vector": space}
     if not (np.isfinite([action.low, action.high]).all() if box else isinstance(action, spaces.Discrete)):
-        raise ValueError(f"action space {action}; allowed: Discrete, or Box with finite bounds")
+        raise ValueError(f"action space {action}; allowed: Discrete, or Box of floats with finite bounds")
     taken = {"action", "reward", "is_first", "is_last", "is_terminal", "deter", "stoch", "index"}
     if any(key in taken or "." in key or hasattr(nn.ModuleDict, key) for key in parts):
         raise ValueError(f"observations {list(parts)}; allowed: no dots, no attributes of nn.ModuleDict, not {taken}")
     if box:
-        env = gym.wrappers.RescaleAction(env, action.dtype.type(-1), action.dtype.type(1))
-        env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, -1, 1), spaces.Box(-1, 1, action.shape))
+        fit = lambda a: np.clip(action.low + (a + 1) / 2 * (action.high - action.low), action.low, action.high)
+        env = gym.wrappers.TransformAction(env, lambda a: fit(a).astype(action.dtype), spaces.Box(-1, 1, action.shape))
     else:
         env = gym.wrappers.TransformAction(env, lambda a: a + action.start, spaces.Discrete(action.n))
     flat_space = lambda part: part if is_image(part) else spaces.Box(-np.inf, np.inf, (spaces.flatdim(part),))
@@ -861,6 +861,7 @@ def make_envs(env_id, num_envs, seed, args, render=False):
         else:
             make, mode = partial(make_env, env_id, args, kwargs, render), gym.vector.AutoresetMode.NEXT_STEP
             envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
+            envs._add_info = lambda infos, *_: infos  # nobody reads them, and they need not fit together
         sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
         if len(sizes) > 1 or any(side not in SIDES for size in sizes for side in size):
             raise ValueError(f"images of {sizes}; allowed: one size, sides among {list(SIDES)}")
@@ -883,6 +884,9 @@ def start_row(envs, seed):
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
     obs, reward, terminated, truncated, _ = envs.step(action)
+    bad = [key for key, x in {**obs, "reward": reward}.items() if not np.isfinite(x).all()]
+    if bad:
+        raise ValueError(f"the environment gives numbers that are not finite: {', '.join(bad)}")
     ends = {"is_first": row["is_last"], "is_last": terminated | truncated, "is_terminal": terminated}
     return {**obs, **ends, "reward": reward.astype(np.float32)}
 

@@ -14,6 +14,7 @@ import time
 import gymnasium as gym
 import pytest
 import torch
+import toy_envs
 from helpers import experience, gif, known, short
 from kills import MOMENTS
 
@@ -199,6 +200,27 @@ def test_environment_raises(module, tmp_path):
     args = short(module, "Tiny-raises-v0", tmp_path, checkpoint_every=40)
     run = stopped(module, args, "policy step ", "ValueError: the simulator broke", str(tmp_path))
     assert 40 <= module.load(run)["now"]["step"] < 43
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_reward_is_not_finite(module, tmp_path, value):
+    """The run stops at the row that brings it, which is not stored, and can be resumed."""
+
+    class Broken(toy_envs.Tiny):
+        steps = 0
+
+        def step(self, action):
+            obs, reward, *ends = super().step(action)
+            Broken.steps += 1
+            return obs, value if Broken.steps == 70 else reward, *ends
+
+    gym.register("Broken-v0", Broken, kwargs=dict(gym.spec("Tiny-vector-discrete-v0").kwargs))
+    try:
+        args = short(module, "Broken-v0", tmp_path, checkpoint_every=40)
+        run = stopped(module, args, "policy step ", "not finite: reward", str(tmp_path))
+        goes_on(module, run, 40)
+    finally:
+        del gym.registry["Broken-v0"]
 
 
 @pytest.mark.parametrize("file", ["rows", "checkpoint"])

@@ -2,6 +2,8 @@
 """make_envs and its adapters: the rows that they give and that train stores, Atari, the DeepMind Control Suite."""
 
 import dataclasses
+import itertools
+import json
 
 import gymnasium as gym
 import numpy as np
@@ -141,6 +143,71 @@ def dmc(module, task, actions, **flags):
         rows.append(module.next_row(envs, np.float32(action), rows[-1]))
     envs.close()
     return envs, rows
+
+
+class Odd(gym.Env):
+    """Random bounds; every action has to lie within them, in their type. Infos that do not fit together."""
+
+    observation_space, places = spaces.Box(-1, 1, (2,)), itertools.count()
+
+    def __init__(self, low, high, dtype="float32"):
+        self.action_space = spaces.Box(np.asarray(low, dtype), np.asarray(high, dtype), dtype=np.dtype(dtype))
+        self.place = next(self.places)
+
+    def reset(self, *, seed=None, options=None):
+        self.count = 0
+        return np.zeros(2, np.float32), {"x": None}
+
+    def step(self, action):
+        assert self.action_space.contains(action), (action, self.action_space)
+        self.count += 1
+        info = {"x": [np.zeros(self.count), "text", None, 3][(self.count + self.place) % 4]}
+        return np.zeros(2, np.float32), float(np.abs(action - self.action_space.low).max()), False, False, info
+
+
+@pytest.fixture
+def odd():
+    gym.register("Odd-v0", Odd)
+    yield
+    del gym.registry["Odd-v0"]
+
+
+def odd_envs(module, num_envs, **kwargs):
+    args = module.resolve(module.Args(env_id="Odd-v0", env_kwargs=json.dumps(kwargs), size="debug", device="cpu"))
+    return module.make_envs(args.env_id, num_envs, 0, args)
+
+
+def test_actions_lie_in_their_space(module, odd):
+    """For random bounds, equal ones and both types: within the bounds, in their type; -1 is the lower one."""
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        low = rng.normal(size=3).astype(np.float32)
+        high = low + np.abs(rng.normal(size=3)).astype(np.float32) * (i % 3 > 0)
+        dtype = ("float32", "float64")[i % 2]
+        envs = odd_envs(module, 2, low=low.tolist(), high=high.tolist(), dtype=dtype)
+        row = module.start_row(envs, 0)
+        for action in -np.ones((2, 3)), np.ones((2, 3)), rng.normal(size=(2, 3)), 0 * rng.normal(size=(2, 3)):
+            row = module.next_row(envs, np.float32(action), row)
+            if (action == -1).all():
+                assert (row["reward"] == 0).all()
+        envs.close()
+
+
+def test_integer_actions(module, odd, capsys):
+    """A Box of integers, which would get fractions, is refused in one line."""
+    with pytest.raises(SystemExit) as stop:
+        odd_envs(module, 1, low=[0], high=[3], dtype="int64")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "Box of floats" in error and error.count("\n") == 1
+
+
+def test_infos_are_not_read(module, odd):
+    """Whatever environments say beside their observations, several of them step together."""
+    envs = odd_envs(module, 3, low=[-1], high=[1])
+    row = module.start_row(envs, 0)
+    for _ in range(9):
+        row = module.next_row(envs, np.zeros((3, 1), np.float32), row)
+    envs.close()
 
 
 def test_dm_control_vectors(module):

@@ -936,7 +936,7 @@ def show(args):
     path = Path(args.eval)
     folder, (agent, args) = path if path.is_dir() else path.parent, load_agent(path, args)
     scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
-    print(f"{args.env_id}, {len(scores)} episodes: {' '.join(f'{score:g}' for score in scores)}")
+    print(f"{args.env_id}, {len(scores)} episodes, beginning with {' '.join(f'{score:g}' for score in scores[:20])}")
     print(f"mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
     return {"run_dir": str(folder), "returns": scores}
 

@@ -307,7 +307,7 @@ CPU_CASES = {
 
 def speed(args):
     """The cases, each in the form that works, one after the other."""
-    cuda = args.device == "cuda"
+    cuda, failed = args.device == "cuda", []
     known = {x["name"] for x in records(args, "speed") if "error" not in x}
     for name, case in (CASES if cuda else CPU_CASES).items():
         left = args.until - time.time()
@@ -324,10 +324,13 @@ def speed(args):
             lines = [line for line in text.splitlines() if line.startswith("{")]
             if code or not lines:
                 note(args, "speed", name=name, seconds=seconds, error=tail(code, text))
+                failed.append(name)
                 continue
             numbers = json.loads(lines[-1])
             note(args, "speed", name=name, seconds=seconds, case=case, **numbers)
             print(numbers.get("table", ""), flush=True)
+    if failed:  # the others stand, but the stage says so
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 # --- learn ------------------------------------------------------------------------------------------------------------

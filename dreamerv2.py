@@ -52,7 +52,6 @@ import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -714,15 +713,16 @@ class Replay:
             while len(starts) > 1 and starts[1] <= self.rows - self.length:
                 starts.pop(0)  # the whole episode has left the ring
 
-    def episodes(self):
-        """Environment, first row, end of each finished episode, or of those under way if there is none. -> (n, 3)"""
-        pairs = [(env, *pair) for env, starts in enumerate(self.starts) for pair in pairwise(starts)]
-        return torch.tensor(pairs or [(env, starts[0], self.rows) for env, starts in enumerate(self.starts)])
+    def episodes(self, B):
+        """Draw B of the finished episodes, or of those under way if none has ended: environment, first row, end."""
+        ends = self.starts if max(map(len, self.starts)) > 1 else [[*starts, self.rows] for starts in self.starts]
+        envs = torch.multinomial(torch.tensor([len(x) - 1.0 for x in ends]), B, True).tolist()
+        places = [(n, int(u * (len(ends[n]) - 1))) for n, u in zip(envs, torch.rand(B).tolist(), strict=True)]
+        return torch.tensor([(n, *ends[n][k : k + 2]) for n, k in places])
 
     def sample(self, B, T):
         """-> {key: (B, T, ...)}, and "index" (B, T). is_last also marks an episode that was abandoned."""
-        episodes = self.episodes()
-        env, first, end = episodes[torch.randint(len(episodes), (B,))].T  # (B)
+        env, first, end = self.episodes(B).T  # (B)
         low = first.clamp(min=self.rows - self.length)  # (B)
         high = torch.maximum(low, end - T)  # (B)
         places = high - low + 1 + (T if self.ends else 0)  # (B)

@@ -45,6 +45,7 @@ import re
 import sys
 import time
 import traceback
+from bisect import bisect
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -544,21 +545,18 @@ class Replay:
             while len(starts) > 1 and starts[1] <= self.rows - self.length:
                 starts.pop(0)  # the whole episode has left the ring
 
-    def spans(self, T):
-        """Where windows can begin: environment, first and last possible row of each episode. -> (episodes, 3)"""
-        oldest, spans = max(0, self.rows - self.length), []
-        for env, starts in enumerate(self.starts):
-            for first, end in zip(starts, starts[1:] + [self.rows], strict=True):
-                low = max(first - 1, oldest)
-                high = min(max(low, end - T), self.rows - T)
-                if low <= high:
-                    spans.append((env, low, high))
-        return torch.tensor(spans)
+    def episodes(self, B, T):
+        """Draw B of the episodes that have T rows from their context on: environment, first row, end. -> (B, 3)"""
+        counts = [bisect(starts, self.rows - T + 1) for starts in self.starts]  # the others began after these
+        envs = torch.multinomial(torch.tensor(counts, dtype=torch.float), B, True).tolist()
+        places = [(n, int(u * counts[n])) for n, u in zip(envs, torch.rand(B).tolist(), strict=True)]
+        return torch.tensor([(n, *self.starts[n][k : k + 2], self.rows)[:3] for n, k in places])
 
     def sample(self, B, T):
         """-> {key: (B, T, ...)}, "index" (B, T). Row 0 is context. is_last also marks an episode that was abandoned."""
-        spans = self.spans(T)
-        env, low, high = spans[torch.randint(len(spans), (B,))].T  # (B)
+        env, first, end = self.episodes(B, T).T  # (B)
+        low = (first - 1).clamp(min=max(0, self.rows - self.length))  # (B)
+        high = torch.maximum(low, end - T).clamp(max=self.rows - T)  # (B)
         start = low + (torch.rand(B, dtype=torch.float64) * (high - low + 1)).long()  # (B)
         index = (start[:, None] + torch.arange(T)) % self.length * self.num_envs + env[:, None]  # (B, T)
         index = index.to(self.device, non_blocking=True)  # (B, T)

@@ -2,6 +2,7 @@
 """Replay on its own: which windows it gives, what it writes back, what it saves."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ def numbered(module, rows, capacity=60, num_envs=3, replay=None):
     env = np.arange(num_envs)
     for t in range(replay.rows, replay.rows + rows):
         vector = np.float32(np.stack([env, np.full(num_envs, t)], -1))
-        row = {"vector": vector, "image": np.full((num_envs, 2, 2, 1), t, np.uint8), "action": (t + env) % 9}
+        row = {"vector": vector, "image": np.full((num_envs, 2, 2, 1), t % 256, np.uint8), "action": (t + env) % 9}
         row |= {"is_first": t % (5 + env) == 0, "is_last": t % (5 + env) == 4 + env, "reward": 100 * env + t}
         replay.add({**row, "is_terminal": row["is_last"] & (env == 0), "memory": torch.zeros(num_envs, 3)})
     return replay
@@ -63,6 +64,18 @@ def test_windows_are_uniform(module):
     chi2, df = float(((counts - draws / 45) ** 2).sum() / (draws / 45)), 44
     limit = df * (1 - 2 / (9 * df) + 4.753 * (2 / (9 * df)) ** 0.5) ** 3  # Wilson and Hilferty, p = 1e-6
     assert len(counts) == 45 and chi2 < limit
+
+
+def test_a_sample_costs_the_same_however_many_episodes(module):
+    """A million rows of short episodes are what an Atari run ends with; an update waits for its sample."""
+    few, many = numbered(module, 40, 30_000), numbered(module, 8000, 30_000)  # 20 episodes, and 4,000
+    times = {}
+    for replay in few, many, few, many:  # the least of many, in turn: machines are noisy
+        for _ in range(60):
+            began = time.perf_counter()
+            replay.sample(4, 5)
+            times[replay] = min(times.get(replay, 1e9), time.perf_counter() - began)
+    assert times[many] < 3 * times[few], times
 
 
 def test_abandoned_episodes(module):

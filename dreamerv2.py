@@ -35,8 +35,8 @@ Where sources disagree:
 Differs from paper and code, on purpose:
 - Size atari-fast by default, and 5M policy steps of it. bfloat16 in place of float16 with loss scaling.
 - Episodes shorter than a window, which the code drops, are used from their start, and the window runs on into the next
-  one. Windows begin without a state, as in the code; the paper's keep their first action.
-- Before an episode has finished, what there is of it can be sampled; afterwards finished ones only, as in the code.
+  one; by the newest row, the last window there is. None has a state to begin with, as the code's; the paper's do.
+- Until an episode has finished, those under way are sampled; then never one that has not ended, as in the code.
 """
 
 import copy
@@ -384,7 +384,7 @@ class GRU(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x, h):
-        """(N, inputs), (N, D) -> (N, D)."""
+        """(N, inputs), (N, D) -> (N, D). Here r comes after the product with h; -1 makes a new network remember."""
         reset, cand, update = self.norm(self.gates(torch.cat([x, h.to(x.dtype)], -1))).to(h.dtype).chunk(3, -1)
         return torch.lerp(h, torch.tanh(reset.sigmoid() * cand), (update - 1).sigmoid())
 
@@ -506,12 +506,12 @@ def kl_loss(post, prior, free_nats, balance):
         return kl_categorical(post, prior).clamp(min=free_nats).mean()
     dyn = kl_categorical(post.detach(), prior).mean().clamp(min=free_nats)
     rep = kl_categorical(post, prior.detach()).mean().clamp(min=free_nats)
-    return balance * dyn + (1 - balance) * rep
+    return balance * dyn + (1 - balance) * rep  # so the prior learns faster than the posterior is pulled towards it
 
 
 def lambda_return(reward, value, disc, lam):
-    """Eq. 4: V_t = r_t + disc_t ((1 - lam) v_{t+1} + lam V_{t+1}), V_H = v_H; DreamerV3: r_{t+1}. (..., H+1) -> H."""
-    returns = [value[..., -1]]
+    """Eq. 4: V_t = r_t + disc_t ((1 - lam) v_{t+1} + lam V_{t+1}), V_H = v_H. Each (..., H+1) -> V_0 to V_{H-1}."""
+    returns = [value[..., -1]]  # index t: what belongs to state t. DreamerV3's returns begin with r_{t+1}
     for t in range(value.shape[-1] - 2, -1, -1):
         returns.append(reward[..., t] + disc[..., t] * ((1 - lam) * value[..., t + 1] + lam * returns[-1]))
     return torch.stack(returns[:0:-1], -1)
@@ -643,7 +643,7 @@ class Agent(nn.Module):
         with self.autocast():
             value = self.critic(feat[:, :-1])[..., 0]  # (N, H)
             dist = self.actor.dist(feat[:, : H - 1])
-        logp = self.actor.log_prob(dist, action[:, : H - 1].detach())  # (N, H-1)
+        logp = self.actor.log_prob(dist, action[:, : H - 1].detach())  # (N, H-1), with actions stopped, as elsewhere
         entropy = self.actor.entropy(dist)  # (N, H-1)
         if args.advantage == "code":
             target, baseline = returns[:, 1:], slow_value[:, : H - 1]  # (N, H-1)

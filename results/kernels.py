@@ -164,8 +164,8 @@ class Part(torch.nn.Module):
         return self.method(*inputs)
 
 
-def compiled(agent):
-    """through_time, and torch.compile for the recurrent steps, products included.
+def compiled(agent, images=False):
+    """through_time, and torch.compile for the recurrent steps, products included; images: for encoder and decoder, too.
 
     The steps get their weights as arguments, cast once per update as autocast would, and without gradient: that follows
     in plain code, for all steps at once. Everything else, other batch sizes too, stays as it is.
@@ -195,6 +195,9 @@ def compiled(agent):
     replace(agent.rssm, "step", learns=True)
     for owner, method in IMAGINED:
         replace(agent.get_submodule(owner), method, learns=False)
+    for part in (agent.encoder, agent.decoder) if images else ():
+        plain, fast = part.forward, torch.compile(part.forward, dynamic=False)
+        part.forward = lambda x, plain=plain, fast=fast: (fast if torch.is_grad_enabled() else plain)(x)
 
 
 def count_compiled(agent, batch):

@@ -96,7 +96,8 @@ def test_gradients_through_time():
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_steps_equal_plain_ones():
+@pytest.mark.parametrize("images", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiled_steps_equal_plain_ones(images):
     """kernels.compiled changes neither statistics, nor gradients, nor latents of an update; and it is really used."""
     results = []
     for on in False, True:
@@ -105,9 +106,10 @@ def test_compiled_steps_equal_plain_ones():
         torch.manual_seed(5)
         update = functools.partial(agent.update, batch)
         if on:
-            kernels.compiled(agent)
+            kernels.compiled(agent, images)
             stats, codes = run_and_get_code(update)
-            assert len(codes) == 6  # the step forward and backward, four parts of an imagined step
+            # the step forward and backward, four parts of an imagined step; encoder and decoder, forward and backward
+            assert len(codes) == (10 if images else 6)
         else:
             stats = update()
         squares = dict(enumerate(agent.optimizer.mean_square))  # of the gradients

@@ -46,6 +46,7 @@ import re
 import sys
 import time
 import traceback
+import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -116,13 +117,13 @@ class Args:
     resume: str | None = None  # run folder to go on from
     eval: str | None = None  # run folder or checkpoint to evaluate
     eval_episodes: int = 10  # episodes of --eval
+    eval_steps: int = 30_000  # policy steps after which an episode of --eval is cut off
     dream: str | None = None  # run folder or checkpoint to roll out in imagination, as dream.gif
     track: bool = False  # mirror TensorBoard to Weights & Biases (pip install wandb; WANDB_PROJECT, WANDB_ENTITY)
 
 
 DEBUG = dict(total_timesteps=400, batch_size=4, batch_length=8, train_ratio=4, learning_starts=64, checkpoint_every=200)
 RUN = dict(total_timesteps=400_000, batch_size=16, batch_length=64, train_ratio=512, learning_starts=1024)
-RUN |= dict(checkpoint_every=10_000)
 SIZES = {  # Table: all widths follow from one number
     "debug": dict(hidden=32, units=32, deter=256, depth=2, classes=2, **DEBUG),
     "1m": dict(hidden=64, units=64, deter=512, depth=4, classes=4, **RUN),
@@ -143,10 +144,10 @@ SIDES = range(48, 257, 16)  # of images: four halvings, and a smallest image tha
 def resolve(args: Args) -> Args:
     """Fill what was left open (None) from the preset of --size and the kind of environment. An explicit flag wins."""
     family = args.env_id.split("/")[0]
-    preset = {**SIZES[args.size], "action_repeat": {"ALE": 4, "dm_control": 2}.get(family, 1)}
+    preset = {"checkpoint_every": 10_000, **SIZES[args.size]}
+    preset["action_repeat"] = {"ALE": 4, "dm_control": 2}.get(family, 1)
+    preset["buffer_size"] = min((args.total_timesteps or preset["total_timesteps"]) * 9 // 8, 1_000_000)  # and resets
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
-    rows = min(args.total_timesteps * 9 // 8, 1_000_000)  # an eighth for the rows of resets
-    args = replace(args, buffer_size=rows if args.buffer_size is None else args.buffer_size)
     least = dict(batch_length=2, bins=3, seed=0) | dict.fromkeys(("train_ratio", "learning_rate", "agc", "eps"), 1e-30)
     ones = "gamma", "lam", "beta1", "beta2", "unimix", "actor_unimix", "slow_rate", "return_rate"
     for name, value in asdict(args).items():
@@ -284,14 +285,13 @@ def upsample_conv(x, conv):
 class Decoder(nn.Module):
     """Features -> predicted observations: vectors as symlog, images in 0 to 1."""
 
-    blocks = 8  # of the layer from h to the smallest image; a number of its own in the code, whatever --blocks is
-
     def __init__(self, obs_space, args):
         super().__init__()
         self.shapes = {key: space.shape for key, space in obs_space.items()}
         self.images = sorted(key for key, space in obs_space.items() if is_image(space))
         self.vectors = sorted(key for key in obs_space if key not in self.images)
         self.split = [args.deter, args.stoch * args.classes]  # D, Z
+        self.blocks = 8  # of the layer from h to the smallest image; a number of its own in the code, not --blocks
         if self.vectors:
             self.mlp = mlp(sum(self.split), args.units, 3)
             self.heads = nn.ModuleDict({key: nn.Linear(args.units, self.shapes[key][0]) for key in self.vectors})
@@ -586,12 +586,14 @@ class Agent(nn.Module):
     def __init__(self, obs_space, action_space, args):
         super().__init__()
         self.args, self.action_space, self.device = args, action_space, pick_device(args)
+        bf16 = args.bf16 and self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        # one region per use: a weight first cast under no_grad would stay cached there without its gradient
+        self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, bf16)
         size = args.deter + args.stoch * args.classes  # F
         self.encoder, self.decoder = Encoder(obs_space, args), Decoder(obs_space, args)
         self.actor = Actor(size, action_space, args)
         self.rssm = RSSM(self.encoder.size, self.actor.size, args)
-        self.reward = Head(size, args.units, 1, args.bins, outscale=0.0)
-        self.cont = Head(size, args.units, 1, 1, outscale=1.0)
+        self.reward, self.cont = Head(size, args.units, 1, args.bins, 0.0), Head(size, args.units, 1, 1, 1.0)
         self.critic = Head(size, args.units, 3, args.bins, outscale=0.0)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("bin_values", symexp_bins(args.bins))
@@ -599,11 +601,6 @@ class Agent(nn.Module):
         self.to(self.device)
         self.params = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = LaProp(self.params, args)
-
-    def autocast(self):
-        """One region per use: a weight first cast under no_grad would stay cached there without its gradient."""
-        on = self.args.bf16 and self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.autocast(self.device.type, torch.bfloat16, on)
 
     def initial(self, B):
         """State of B environments before their first observation."""
@@ -737,26 +734,26 @@ class Replay:
         self.device = replay_device(capacity, self.row_bytes, device)
         zeros = partial(torch.zeros, self.length, num_envs, device=self.device)
         self.data = {key: zeros(*shape, dtype=dtype) for key, (shape, dtype) in spec.items()}
-        self.rows = 0  # added so far for each environment, kept or not
+        self.rows, self.oldest = 0, 0  # added so far for each environment; the first of them that is still kept
         self.online = 0  # windows that the online queue has handed out
         self.files = []  # (first row, end row, name) of what save has written
 
     def windows(self, T):
         """Number of windows of T rows that there are to sample from."""
-        return self.num_envs * max(0, min(self.rows, self.length) - T + 1)
+        return self.num_envs * max(0, self.rows - self.oldest - T + 1)
 
     def add(self, row):
         """row: {key: (num_envs, ...)}, arrays or tensors."""
         for key, ring in self.data.items():
             ring[self.rows % self.length].copy_(torch.as_tensor(row[key]), non_blocking=self.device.type != "cpu")
-        self.rows += 1
+        self.rows, self.oldest = self.rows + 1, max(self.oldest, self.rows + 1 - self.length)
 
     def sample(self, B, T, online=True):
         """-> {key: (B, T, ...)}, and "index" (B, T) for write. is_last also marks an episode that was abandoned."""
-        oldest, N = max(0, self.rows - self.length), self.num_envs
-        start, env = torch.randint(oldest, self.rows - T + 1, (B,)), torch.randint(N, (B,))
+        N = self.num_envs
+        start, env = torch.randint(self.oldest, self.rows - T + 1, (B,)), torch.randint(N, (B,))
         for b in range(B if online else 0):
-            self.online = max(self.online, -(-oldest // T) * N)
+            self.online = max(self.online, -(-self.oldest // T) * N)
             if self.online // N * T + T > self.rows:
                 break
             start[b], env[b] = self.online // N * T, self.online % N
@@ -781,18 +778,17 @@ class Replay:
         folder.mkdir(exist_ok=True)
         for path in set(folder.iterdir()) - {folder / name for _, _, name in self.files}:
             path.unlink()
-        oldest = max(0, self.rows - self.length)
-        self.files = [file for file in self.files if file[1] > oldest]
-        first = max([oldest] + [end for _, end, _ in self.files])
+        self.files = [file for file in self.files if file[1] > self.oldest]
+        first = max([self.oldest] + [end for _, end, _ in self.files])
         if first < self.rows:
             places = torch.arange(first, self.rows, device=self.device) % self.length
             self.files.append((first, self.rows, f"rows-{first}-{self.rows}.pt"))
             save(folder / self.files[-1][2], **{key: ring[places].cpu() for key, ring in self.data.items()})
-        return {"rows": self.rows, "online": self.online, "files": self.files}
+        return {key: getattr(self, key) for key in ("rows", "oldest", "online", "files")}
 
     def load(self, folder, state):
-        """Read back what save wrote, into a replay of the same size."""
-        self.rows, self.online, self.files = state["rows"], state["online"], state["files"]
+        """Read back what save wrote, into a replay of the same size or a larger one."""
+        vars(self).update(state)
         for first, end, name in self.files:
             for key, values in load(folder / name).items():
                 self.data[key][torch.arange(first, end) % self.length] = values.to(self.device)
@@ -825,8 +821,7 @@ def train(args: Args) -> dict:
         replay.load(Path(args.resume) / "replay", saved["replay"])
     run_dir, writer = open_run(args, agent, replay, saved)
     rows, replayed = args.batch_length + 1, args.batch_size * args.batch_length  # in a window; by an update
-    often = f"per {replayed / args.train_ratio:g} policy steps: each is replayed {args.train_ratio:g} times"
-    print(f"training  an update on {replayed:,} steps {often} (--train-ratio)", flush=True)
+    print(f"training  an update on {replayed:,} steps per {replayed / args.train_ratio:g} policy steps", flush=True)
     row, stats, began, since = start_row(envs, args.seed + step), {}, time.time(), step
     returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the episodes that go on
     try:
@@ -881,6 +876,8 @@ def train(args: Args) -> dict:
     finally:
         writer.close()  # first: the environments of a broken simulator may raise again
         envs.close()
+    if not updates:
+        fail(f"--total-timesteps {step}: not one update, {run_dir} has learned nothing; allowed: more steps")
     score = float(np.mean(recent or [np.nan]))
     return {"run_dir": str(run_dir), "global_step": step, "updates": updates, "episodic_return": score, **finite(stats)}
 
@@ -918,7 +915,7 @@ def dream(agent, args, steps=64):
 # === Part 3: plumbing, the same in planet, dreamerv2 and dreamerv3 ====================================================
 
 RESUMED = ("resume", "total_timesteps", "checkpoint_every", "log_every", "device", "track")  # flags beside --resume
-SHOWN = ("eval", "dream", "eval_episodes", "seed", "device")  # flags beside --eval and --dream
+SHOWN = ("eval", "dream", "eval_episodes", "eval_steps", "seed", "device")  # beside --eval and --dream
 OF_A_CALL = dict(resume=None, eval=None, dream=None, device="auto", track=False)  # flags that no run hands on
 
 
@@ -1006,20 +1003,22 @@ def adapt(env):
     taken = {"action", "reward", "is_first", "is_last", "is_terminal", "deter", "stoch", "index"}
     if any(key in taken or "." in key or hasattr(nn.ModuleDict, key) for key in parts):
         raise ValueError(f"observations {list(parts)}; allowed: no dots, no attributes of nn.ModuleDict, not {taken}")
-    if box:
-        fit = lambda a: np.clip(action.low + (a + 1) / 2 * (action.high - action.low), action.low, action.high)
-        env = gym.wrappers.TransformAction(env, lambda a: fit(a).astype(action.dtype), spaces.Box(-1, 1, action.shape))
-    else:
-        env = gym.wrappers.TransformAction(env, lambda a: a + action.start, spaces.Discrete(action.n))
-    flat_space = lambda part: part if is_image(part) else spaces.Box(-np.inf, np.inf, (spaces.flatdim(part),))
+    rescale = lambda a: np.clip(action.low + (a + 1) / 2 * (action.high - action.low), action.low, action.high)
+    fit = (lambda a: rescale(a).astype(action.dtype)) if box else lambda a: a + action.start
+    env = gym.wrappers.TransformAction(env, fit, spaces.Box(-1, 1, action.shape) if box else spaces.Discrete(action.n))
+    views = {}  # what the agent sees of each part
+    for key, part in parts.items():
+        with suppress(NotImplementedError, ValueError):  # a part that gymnasium cannot flatten
+            views[key] = part if is_image(part) else spaces.Box(-np.inf, np.inf, (spaces.flatdim(part),))
+    views = {key: view for key, view in views.items() if view.shape != (0,)}
+    if parts.keys() - views.keys():
+        warnings.warn(f"observations left out: {parts.keys() - views.keys()}; they cannot be flattened", stacklevel=1)
     flatten = lambda part, x: x if is_image(part) else spaces.flatten(part, x).astype(np.float32)
-    parts = {key: part for key, part in parts.items() if spaces.flatdim(part)}
-    as_dict = lambda obs: {key: flatten(part, obs[key] if named else obs) for key, part in parts.items()}
-    space = spaces.Dict({key: flat_space(part) for key, part in parts.items()})
-    return gym.wrappers.TransformObservation(env, as_dict, space)
+    as_dict = lambda obs: {key: flatten(parts[key], obs[key] if named else obs) for key in views}
+    return gym.wrappers.TransformObservation(env, as_dict, spaces.Dict(views))
 
 
-def make_env(env_id, args, kwargs, render):
+def make_env(env_id, args, kwargs, evaluation):
     """One environment of gymnasium's registry, of dm_control's by shimmy with a camera of 64x64."""
     os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # read when it is first imported
     if env_id.startswith("dm_control/"):
@@ -1028,9 +1027,10 @@ def make_env(env_id, args, kwargs, render):
         gym.register_envs(shimmy)
         kwargs = {"render_kwargs": dict(width=64, height=64, camera_id=2 if "quadruped" in env_id else 0), **kwargs}
     env = gym.make(env_id, **kwargs)
-    if render or args.obs != "vector":
+    if evaluation or args.obs != "vector":
         env.unwrapped.render_mode = "rgb_array"  # afterwards: a constructor need not know this mode
     env = gym.wrappers.RepeatAction(env, args.action_repeat)
+    env = gym.wrappers.TimeLimit(env, args.eval_steps) if evaluation else env  # a task need not end by itself
     if args.obs != "vector":  # outside of the repetition: only the last frame is rendered
         env = gym.wrappers.AddRenderObservation(env, args.obs == "image", "image")
     return adapt(env)
@@ -1050,14 +1050,14 @@ def atari_envs(env_id, num_envs, args, **kwargs):
     return gym.wrappers.vector.TransformObservation(envs, as_dict, single_observation_space=single)
 
 
-def make_envs(env_id, num_envs, seed, args, render=False):
+def make_envs(env_id, num_envs, seed, args, evaluation=False):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
     try:
         kwargs = dict(json.loads(args.env_kwargs))
         if env_id.startswith("ALE/"):
             envs = atari_envs(env_id, num_envs, args, **kwargs)
         else:
-            make, mode = partial(make_env, env_id, args, kwargs, render), gym.vector.AutoresetMode.NEXT_STEP
+            make, mode = partial(make_env, env_id, args, kwargs, evaluation), gym.vector.AutoresetMode.NEXT_STEP
             envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
             envs._add_info = lambda infos, *_: infos  # nobody reads them, and they need not fit together
         sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
@@ -1068,13 +1068,13 @@ def make_envs(env_id, num_envs, seed, args, render=False):
         at = f"{type(error).__name__} at {place.filename}:{place.lineno}"
         flags = f"--env-id {env_id} --obs {args.obs} --env-kwargs {args.env_kwargs}"
         fail(f"{flags}: {error} ({at}); allowed: a known id, a JSON object, a renderer by MUJOCO_GL")
-    envs.action_space.seed(seed)  # reset does not
     return envs
 
 
 def start_row(envs, seed):
     """Reset all environments -> their first rows."""
     obs, _ = envs.reset(seed=seed)
+    finite({key: np.abs(x).max() for key, x in obs.items()})
     no, yes = np.zeros(envs.num_envs, bool), np.ones(envs.num_envs, bool)
     return {**obs, "reward": np.float32(no), "is_first": yes, "is_last": no, "is_terminal": no}
 
@@ -1082,19 +1082,18 @@ def start_row(envs, seed):
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
     obs, reward, terminated, truncated, _ = envs.step(action)
-    bad = [key for key, x in {**obs, "reward": reward}.items() if not np.isfinite(x).all()]
-    if bad:
-        raise ValueError(f"the environment gives numbers that are not finite: {', '.join(bad)}")
+    finite({f"{key} of an environment": np.abs(x).max() for key, x in {**obs, "reward": reward}.items()})
     ends = {"is_first": row["is_last"], "is_last": terminated | truncated, "is_terminal": terminated}
     return {**obs, **ends, "reward": reward.astype(np.float32)}
 
 
 # --- pictures, evaluation, checkpoints --------------------------------------------------------------------------------
 def save_gif(path, frames):
-    """uint8 (T, H, W, 3) -> animated GIF."""
+    """Frames, uint8 (H, W, 3), -> animated GIF in the size of the first."""
     from PIL import Image
 
-    images = [Image.fromarray(x).quantize(256, method=Image.Quantize.FASTOCTREE) for x in frames]  # 15 x as fast
+    size, method = frames[0].shape[1::-1], Image.Quantize.FASTOCTREE  # 15 x as fast as the default
+    images = [Image.fromarray(x).resize(size).quantize(256, method=method) for x in frames]
     images[0].save(path, save_all=True, append_images=images[1:], duration=66, loop=0)
 
 
@@ -1120,25 +1119,29 @@ def evaluate(agent, args, episodes, video=None):
     """Play episodes without exploration noise. -> returns. The random state of training is left as it was.
     video: path for a GIF of the first, as the environment renders itself, where it can, else as the agent sees it.
     """
-    envs, scores, frames = make_envs(args.env_id, 1, args.seed, args, bool(video)), [], []
+    envs, scores, frames = make_envs(args.env_id, 1, args.seed, args, evaluation=True), [], []
     act = Captured(partial(agent.act, eval=True), args.cuda_graph and agent.device.type == "cuda")
     with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
         torch.manual_seed(args.seed + 1_000)
-        row, state, total = start_row(envs, args.seed + 1_000), agent.initial(1), 0.0
+        row, state, total, length = start_row(envs, args.seed + 1_000), agent.initial(1), 0.0, 0
         while len(scores) < episodes:
-            if video and not scores:
+            if video and not scores and len(frames) < 3000:
                 image = picture({key: torch.as_tensor(row[key][:, None]) for key in agent.decoder.shapes})[0, 0]
-                with suppress(Exception):  # there is no end to what renderers raise
-                    image = np.asarray(envs.render()[0], np.uint8)
                 frames.append(np.asarray(image, np.uint8))
+                with suppress(Exception):  # there is no end to what renderers give
+                    image = np.atleast_3d(np.squeeze(np.asarray(envs.render()[0], np.uint8)))[..., :3]
+                    frames[-1] = np.broadcast_to(image, (*image.shape[:2], 3))
             state = act(agent.inputs(row, state))
             row = next_row(envs, agent.env_action(state), row)
             total = float(row["reward"][0]) + (0.0 if row["is_first"][0] else total)
+            length = 0 if row["is_first"][0] else length + 1
             if row["is_last"][0]:
                 scores.append(total)
+                if video:
+                    print(f"episode {len(scores)}/{episodes}  return {total:g}  length {length}", flush=True)
     envs.close()
     if video:
-        save_gif(video, np.stack(frames))
+        save_gif(video, frames)
     return scores
 
 
@@ -1169,6 +1172,8 @@ def load(path, need=()):
 def inherit(args, path, saved, free):
     """The flags of a run; of those named in free, what is given now. Any other that is given must be as it was."""
     flags = {**saved, **OF_A_CALL}
+    if resolve(Args(**{**flags, "buffer_size": None})).buffer_size == flags["buffer_size"]:
+        flags["buffer_size"] = None  # it was derived, and is again
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
@@ -1200,8 +1205,7 @@ def show(args):
         save_gif(folder / "dream.gif", dream(agent, args))
         return {"run_dir": str(folder)}
     scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
-    print(f"{args.env_id}, {len(scores)} episodes, beginning with {' '.join(f'{score:g}' for score in scores[:20])}")
-    print(f"mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
+    print(f"{args.env_id}: mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
     return {"run_dir": str(folder), "returns": scores}
 
 
@@ -1219,16 +1223,17 @@ def open_run(args, agent, replay, saved):
     device = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else slow
     size, place = args.buffer_size * replay.row_bytes / 2**30, "main" if replay.device.type == "cpu" else "GPU"
     print(f"run       {run_dir}\ndevice    {device}; PyTorch {torch.__version__}")
+    for key, shape in agent.decoder.shapes.items():
+        hint = "  <-- WARNING: a picture? It has to be uint8 (H, W, C): gymnasium.wrappers" if shape[0] > 1000 else ""
+        print(f"observes  {key} {shape} -> {'convolutions' if key in agent.decoder.images else 'MLP'}{hint}")
     print(f"agent     {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
     print(f"replay    {args.buffer_size:,} rows x {replay.row_bytes / 1024:.1f} KiB = {size:.1f} GiB of {place} memory")
     if args.track:
         import wandb
 
         wandb.init(name=run_dir.name, id=run_dir.name, config=asdict(args), resume="allow", sync_tensorboard=True)
-    start = saved["now"]["step"] if saved else 0
-    writer = SummaryWriter(run_dir, purge_step=start + 1 if saved else None)
-    table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", start)
+    writer = SummaryWriter(run_dir, purge_step=saved["now"]["step"] + 1 if saved else None)
+    writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=1)}\n```")
     return run_dir, writer
 
 

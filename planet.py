@@ -45,6 +45,7 @@ import re
 import sys
 import time
 import traceback
+import warnings
 from bisect import bisect
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -107,6 +108,7 @@ class Args:
     resume: str | None = None  # run folder to go on from
     eval: str | None = None  # run folder or checkpoint to evaluate
     eval_episodes: int = 10  # episodes of --eval
+    eval_steps: int = 30_000  # policy steps after which an episode of --eval is cut off
     dream: str | None = None  # run folder or checkpoint to roll out in imagination, as dream.gif
     track: bool = False  # mirror TensorBoard to Weights & Biases (pip install wandb; WANDB_PROJECT, WANDB_ENTITY)
 
@@ -131,9 +133,8 @@ def resolve(args: Args) -> Args:
     family, _, task = args.env_id.partition("/")
     repeat = {"ALE": 4, "dm_control": REPEATS.get(task.split("-")[0], 2)}.get(family, 1)
     preset = {**SIZES[args.size], "action_repeat": repeat, "obs": "image" if family == "dm_control" else "vector"}
+    preset["buffer_size"] = min((args.total_timesteps or preset["total_timesteps"]) * 9 // 8, 1_000_000)  # and resets
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
-    rows = min(args.total_timesteps * 9 // 8, 1_000_000)  # an eighth for the rows of resets
-    args = replace(args, buffer_size=rows if args.buffer_size is None else args.buffer_size)
     least = dict(batch_length=2, seed=0) | dict.fromkeys(("learning_rate", "eps", "clip", "min_std"), 1e-12)
     for name, value in asdict(args).items():
         low = least.get(name, 1 if type(value) is int else 0)
@@ -409,6 +410,9 @@ class Agent(nn.Module):
     def __init__(self, obs_space, action_space, args):
         super().__init__()
         self.args, self.action_space, self.device = args, action_space, pick_device(args)
+        bf16 = args.bf16 and self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        # one region per use: a weight first cast under no_grad would stay cached there without its gradient
+        self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, bf16)
         self.discrete = isinstance(action_space, spaces.Discrete)
         self.action_size = int(action_space.n if self.discrete else np.prod(action_space.shape))  # A
         self.encoder = Encoder(obs_space, args)
@@ -419,11 +423,6 @@ class Agent(nn.Module):
         self.to(self.device)
         self.params = list(self.parameters())
         self.optimizer = Adam(self.params, args)
-
-    def autocast(self):
-        """One region per use: a weight first cast under no_grad would stay cached there without its gradient."""
-        on = self.args.bf16 and self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.autocast(self.device.type, torch.bfloat16, on)
 
     def initial(self, B):
         """State of B environments before their first observation."""
@@ -526,23 +525,23 @@ class Replay:
         self.device = replay_device(capacity, self.row_bytes, device)
         zeros = partial(torch.zeros, self.length, num_envs, device=self.device)
         self.data = {key: zeros(*shape, dtype=dtype) for key, (shape, dtype) in spec.items()}
-        self.rows = 0  # added so far for each environment, kept or not
+        self.rows, self.oldest = 0, 0  # added so far for each environment; the first of them that is still kept
         self.starts = [[] for _ in range(num_envs)]  # rows at which the episodes of each environment begin
         self.files = []  # (first row, end row, name) of what save has written
 
     def windows(self, T):
         """Number of windows of T rows that there are to sample from, if episodes did not matter."""
-        return self.num_envs * max(0, min(self.rows, self.length) - T + 1)
+        return self.num_envs * max(0, self.rows - self.oldest - T + 1)
 
     def add(self, row):
         """row: {key: (num_envs, ...)}, arrays or tensors."""
         for key, ring in self.data.items():
             ring[self.rows % self.length].copy_(torch.as_tensor(row[key]), non_blocking=self.device.type != "cpu")
-        self.rows += 1
+        self.rows, self.oldest = self.rows + 1, max(self.oldest, self.rows + 1 - self.length)
         for starts, is_first in zip(self.starts, row["is_first"], strict=True):
             if is_first:
                 starts.append(self.rows - 1)
-            while len(starts) > 1 and starts[1] <= self.rows - self.length:
+            while len(starts) > 1 and starts[1] <= self.oldest:
                 starts.pop(0)  # the whole episode has left the ring
 
     def episodes(self, B, T):
@@ -555,7 +554,7 @@ class Replay:
     def sample(self, B, T):
         """-> {key: (B, T, ...)}, "index" (B, T). Row 0 is context. is_last also marks an episode that was abandoned."""
         env, first, end = self.episodes(B, T).T  # (B)
-        low = (first - 1).clamp(min=max(0, self.rows - self.length))  # (B)
+        low = (first - 1).clamp(min=self.oldest)  # (B)
         high = torch.maximum(low, end - T).clamp(max=self.rows - T)  # (B)
         start = low + (torch.rand(B, dtype=torch.float64) * (high - low + 1)).long()  # (B)
         index = (start[:, None] + torch.arange(T)) % self.length * self.num_envs + env[:, None]  # (B, T)
@@ -569,25 +568,20 @@ class Replay:
         folder.mkdir(exist_ok=True)
         for path in set(folder.iterdir()) - {folder / name for _, _, name in self.files}:
             path.unlink()
-        oldest = max(0, self.rows - self.length)
-        self.files = [file for file in self.files if file[1] > oldest]
-        first = max([oldest] + [end for _, end, _ in self.files])
+        self.files = [file for file in self.files if file[1] > self.oldest]
+        first = max([self.oldest] + [end for _, end, _ in self.files])
         if first < self.rows:
             places = torch.arange(first, self.rows, device=self.device) % self.length
             self.files.append((first, self.rows, f"rows-{first}-{self.rows}.pt"))
             save(folder / self.files[-1][2], **{key: ring[places].cpu() for key, ring in self.data.items()})
-        return {"rows": self.rows, "files": self.files}
+        return {key: getattr(self, key) for key in ("rows", "oldest", "starts", "files")}
 
     def load(self, folder, state):
-        """Read back what save wrote, into a replay of the same size."""
-        self.rows, self.files = state["rows"], state["files"]
+        """Read back what save wrote, into a replay of the same size or a larger one."""
+        vars(self).update(state)
         for first, end, name in self.files:
             for key, values in load(folder / name).items():
                 self.data[key][torch.arange(first, end) % self.length] = values.to(self.device)
-        oldest = max(0, self.rows - self.length)
-        first = self.data["is_first"][torch.arange(oldest, self.rows) % self.length].cpu()
-        first[:1] = True  # of an episode whose beginning has left the ring
-        self.starts = [(oldest + first[:, n].nonzero()[:, 0]).tolist() for n in range(self.num_envs)]
 
 
 # === Part 2: training =================================================================================================
@@ -671,6 +665,8 @@ def train(args: Args) -> dict:
     finally:
         writer.close()  # first: the environments of a broken simulator may raise again
         envs.close()
+    if not updates:
+        fail(f"--total-timesteps {step}: not one update, {run_dir} has learned nothing; allowed: more steps")
     score = float(np.mean(recent or [np.nan]))
     return {"run_dir": str(run_dir), "global_step": step, "updates": updates, "episodic_return": score, **finite(stats)}
 
@@ -718,7 +714,7 @@ def dream(agent, args, steps=45):
 # === Part 3: plumbing, the same in planet, dreamerv2 and dreamerv3 ====================================================
 
 RESUMED = ("resume", "total_timesteps", "checkpoint_every", "log_every", "device", "track")  # flags beside --resume
-SHOWN = ("eval", "dream", "eval_episodes", "seed", "device")  # flags beside --eval and --dream
+SHOWN = ("eval", "dream", "eval_episodes", "eval_steps", "seed", "device")  # beside --eval and --dream
 OF_A_CALL = dict(resume=None, eval=None, dream=None, device="auto", track=False)  # flags that no run hands on
 
 
@@ -806,20 +802,22 @@ def adapt(env):
     taken = {"action", "reward", "is_first", "is_last", "is_terminal", "deter", "stoch", "index"}
     if any(key in taken or "." in key or hasattr(nn.ModuleDict, key) for key in parts):
         raise ValueError(f"observations {list(parts)}; allowed: no dots, no attributes of nn.ModuleDict, not {taken}")
-    if box:
-        fit = lambda a: np.clip(action.low + (a + 1) / 2 * (action.high - action.low), action.low, action.high)
-        env = gym.wrappers.TransformAction(env, lambda a: fit(a).astype(action.dtype), spaces.Box(-1, 1, action.shape))
-    else:
-        env = gym.wrappers.TransformAction(env, lambda a: a + action.start, spaces.Discrete(action.n))
-    flat_space = lambda part: part if is_image(part) else spaces.Box(-np.inf, np.inf, (spaces.flatdim(part),))
+    rescale = lambda a: np.clip(action.low + (a + 1) / 2 * (action.high - action.low), action.low, action.high)
+    fit = (lambda a: rescale(a).astype(action.dtype)) if box else lambda a: a + action.start
+    env = gym.wrappers.TransformAction(env, fit, spaces.Box(-1, 1, action.shape) if box else spaces.Discrete(action.n))
+    views = {}  # what the agent sees of each part
+    for key, part in parts.items():
+        with suppress(NotImplementedError, ValueError):  # a part that gymnasium cannot flatten
+            views[key] = part if is_image(part) else spaces.Box(-np.inf, np.inf, (spaces.flatdim(part),))
+    views = {key: view for key, view in views.items() if view.shape != (0,)}
+    if parts.keys() - views.keys():
+        warnings.warn(f"observations left out: {parts.keys() - views.keys()}; they cannot be flattened", stacklevel=1)
     flatten = lambda part, x: x if is_image(part) else spaces.flatten(part, x).astype(np.float32)
-    parts = {key: part for key, part in parts.items() if spaces.flatdim(part)}
-    as_dict = lambda obs: {key: flatten(part, obs[key] if named else obs) for key, part in parts.items()}
-    space = spaces.Dict({key: flat_space(part) for key, part in parts.items()})
-    return gym.wrappers.TransformObservation(env, as_dict, space)
+    as_dict = lambda obs: {key: flatten(parts[key], obs[key] if named else obs) for key in views}
+    return gym.wrappers.TransformObservation(env, as_dict, spaces.Dict(views))
 
 
-def make_env(env_id, args, kwargs, render):
+def make_env(env_id, args, kwargs, evaluation):
     """One environment of gymnasium's registry, of dm_control's by shimmy with a camera of 64x64."""
     os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # read when it is first imported
     if env_id.startswith("dm_control/"):
@@ -828,9 +826,10 @@ def make_env(env_id, args, kwargs, render):
         gym.register_envs(shimmy)
         kwargs = {"render_kwargs": dict(width=64, height=64, camera_id=2 if "quadruped" in env_id else 0), **kwargs}
     env = gym.make(env_id, **kwargs)
-    if render or args.obs != "vector":
+    if evaluation or args.obs != "vector":
         env.unwrapped.render_mode = "rgb_array"  # afterwards: a constructor need not know this mode
     env = gym.wrappers.RepeatAction(env, args.action_repeat)
+    env = gym.wrappers.TimeLimit(env, args.eval_steps) if evaluation else env  # a task need not end by itself
     if args.obs != "vector":  # outside of the repetition: only the last frame is rendered
         env = gym.wrappers.AddRenderObservation(env, args.obs == "image", "image")
     return adapt(env)
@@ -850,14 +849,14 @@ def atari_envs(env_id, num_envs, args, **kwargs):
     return gym.wrappers.vector.TransformObservation(envs, as_dict, single_observation_space=single)
 
 
-def make_envs(env_id, num_envs, seed, args, render=False):
+def make_envs(env_id, num_envs, seed, args, evaluation=False):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete or Box(-1, 1) actions."""
     try:
         kwargs = dict(json.loads(args.env_kwargs))
         if env_id.startswith("ALE/"):
             envs = atari_envs(env_id, num_envs, args, **kwargs)
         else:
-            make, mode = partial(make_env, env_id, args, kwargs, render), gym.vector.AutoresetMode.NEXT_STEP
+            make, mode = partial(make_env, env_id, args, kwargs, evaluation), gym.vector.AutoresetMode.NEXT_STEP
             envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
             envs._add_info = lambda infos, *_: infos  # nobody reads them, and they need not fit together
         sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
@@ -868,13 +867,13 @@ def make_envs(env_id, num_envs, seed, args, render=False):
         at = f"{type(error).__name__} at {place.filename}:{place.lineno}"
         flags = f"--env-id {env_id} --obs {args.obs} --env-kwargs {args.env_kwargs}"
         fail(f"{flags}: {error} ({at}); allowed: a known id, a JSON object, a renderer by MUJOCO_GL")
-    envs.action_space.seed(seed)  # reset does not
     return envs
 
 
 def start_row(envs, seed):
     """Reset all environments -> their first rows."""
     obs, _ = envs.reset(seed=seed)
+    finite({key: np.abs(x).max() for key, x in obs.items()})
     no, yes = np.zeros(envs.num_envs, bool), np.ones(envs.num_envs, bool)
     return {**obs, "reward": np.float32(no), "is_first": yes, "is_last": no, "is_terminal": no}
 
@@ -882,19 +881,18 @@ def start_row(envs, seed):
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
     obs, reward, terminated, truncated, _ = envs.step(action)
-    bad = [key for key, x in {**obs, "reward": reward}.items() if not np.isfinite(x).all()]
-    if bad:
-        raise ValueError(f"the environment gives numbers that are not finite: {', '.join(bad)}")
+    finite({f"{key} of an environment": np.abs(x).max() for key, x in {**obs, "reward": reward}.items()})
     ends = {"is_first": row["is_last"], "is_last": terminated | truncated, "is_terminal": terminated}
     return {**obs, **ends, "reward": reward.astype(np.float32)}
 
 
 # --- pictures, evaluation, checkpoints --------------------------------------------------------------------------------
 def save_gif(path, frames):
-    """uint8 (T, H, W, 3) -> animated GIF."""
+    """Frames, uint8 (H, W, 3), -> animated GIF in the size of the first."""
     from PIL import Image
 
-    images = [Image.fromarray(x).quantize(256, method=Image.Quantize.FASTOCTREE) for x in frames]  # 15 x as fast
+    size, method = frames[0].shape[1::-1], Image.Quantize.FASTOCTREE  # 15 x as fast as the default
+    images = [Image.fromarray(x).resize(size).quantize(256, method=method) for x in frames]
     images[0].save(path, save_all=True, append_images=images[1:], duration=66, loop=0)
 
 
@@ -920,25 +918,29 @@ def evaluate(agent, args, episodes, video=None):
     """Play episodes without exploration noise. -> returns. The random state of training is left as it was.
     video: path for a GIF of the first, as the environment renders itself, where it can, else as the agent sees it.
     """
-    envs, scores, frames = make_envs(args.env_id, 1, args.seed, args, bool(video)), [], []
+    envs, scores, frames = make_envs(args.env_id, 1, args.seed, args, evaluation=True), [], []
     act = Captured(partial(agent.act, eval=True), args.cuda_graph and agent.device.type == "cuda")
     with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
         torch.manual_seed(args.seed + 1_000)
-        row, state, total = start_row(envs, args.seed + 1_000), agent.initial(1), 0.0
+        row, state, total, length = start_row(envs, args.seed + 1_000), agent.initial(1), 0.0, 0
         while len(scores) < episodes:
-            if video and not scores:
+            if video and not scores and len(frames) < 3000:
                 image = picture({key: torch.as_tensor(row[key][:, None]) for key in agent.decoder.shapes})[0, 0]
-                with suppress(Exception):  # there is no end to what renderers raise
-                    image = np.asarray(envs.render()[0], np.uint8)
                 frames.append(np.asarray(image, np.uint8))
+                with suppress(Exception):  # there is no end to what renderers give
+                    image = np.atleast_3d(np.squeeze(np.asarray(envs.render()[0], np.uint8)))[..., :3]
+                    frames[-1] = np.broadcast_to(image, (*image.shape[:2], 3))
             state = act(agent.inputs(row, state))
             row = next_row(envs, agent.env_action(state), row)
             total = float(row["reward"][0]) + (0.0 if row["is_first"][0] else total)
+            length = 0 if row["is_first"][0] else length + 1
             if row["is_last"][0]:
                 scores.append(total)
+                if video:
+                    print(f"episode {len(scores)}/{episodes}  return {total:g}  length {length}", flush=True)
     envs.close()
     if video:
-        save_gif(video, np.stack(frames))
+        save_gif(video, frames)
     return scores
 
 
@@ -969,6 +971,8 @@ def load(path, need=()):
 def inherit(args, path, saved, free):
     """The flags of a run; of those named in free, what is given now. Any other that is given must be as it was."""
     flags = {**saved, **OF_A_CALL}
+    if resolve(Args(**{**flags, "buffer_size": None})).buffer_size == flags["buffer_size"]:
+        flags["buffer_size"] = None  # it was derived, and is again
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
@@ -1000,8 +1004,7 @@ def show(args):
         save_gif(folder / "dream.gif", dream(agent, args))
         return {"run_dir": str(folder)}
     scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
-    print(f"{args.env_id}, {len(scores)} episodes, beginning with {' '.join(f'{score:g}' for score in scores[:20])}")
-    print(f"mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
+    print(f"{args.env_id}: mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
     return {"run_dir": str(folder), "returns": scores}
 
 
@@ -1019,16 +1022,17 @@ def open_run(args, agent, replay, saved):
     device = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else slow
     size, place = args.buffer_size * replay.row_bytes / 2**30, "main" if replay.device.type == "cpu" else "GPU"
     print(f"run       {run_dir}\ndevice    {device}; PyTorch {torch.__version__}")
+    for key, shape in agent.decoder.shapes.items():
+        hint = "  <-- WARNING: a picture? It has to be uint8 (H, W, C): gymnasium.wrappers" if shape[0] > 1000 else ""
+        print(f"observes  {key} {shape} -> {'convolutions' if key in agent.decoder.images else 'MLP'}{hint}")
     print(f"agent     {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
     print(f"replay    {args.buffer_size:,} rows x {replay.row_bytes / 1024:.1f} KiB = {size:.1f} GiB of {place} memory")
     if args.track:
         import wandb
 
         wandb.init(name=run_dir.name, id=run_dir.name, config=asdict(args), resume="allow", sync_tensorboard=True)
-    start = saved["now"]["step"] if saved else 0
-    writer = SummaryWriter(run_dir, purge_step=start + 1 if saved else None)
-    table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", start)
+    writer = SummaryWriter(run_dir, purge_step=saved["now"]["step"] + 1 if saved else None)
+    writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=1)}\n```")
     return run_dir, writer
 
 

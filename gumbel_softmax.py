@@ -784,7 +784,7 @@ def load(path, need=()):
 
 def inherit(args, path, saved, free):
     """The flags of a run; of those named in free, what is given now. Any other that is given must be as it was."""
-    flags = {**saved, **OF_A_CALL}
+    flags = {**asdict(Args()), **saved, **OF_A_CALL}
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#   "torch==2.13.0", "numpy", "gymnasium>=1.3", "tyro", "tensorboard",
-# ]
+# dependencies = ["torch==2.13.0", "numpy", "gymnasium>=1.3", "tyro", "tensorboard"]
 # ///
 """MERLIN: a memory whose contents are learned by prediction, read by a policy that cannot write. With its baselines.
 
@@ -32,8 +30,7 @@ Differs from the paper, on purpose:
   newest, always. The predictor's reads count, not the policy's. Both matter in episodes longer than the memory only.
 - The image decoder doubles its resolution by repeating pixels before a block, not by transposed convolutions.
 - The image encoder has a layer norm before its tanh, which Adam drives into saturation within 100 updates otherwise.
-- All alphas are ours, as are rates, discount and entropy of size small: found on the memory game. What of observations
-  cannot be put into numbers, such as text, is left out.
+- All alphas are ours, as are rates, discount and entropy of size small: found on the memory game.
 """
 
 import ctypes
@@ -45,6 +42,7 @@ import re
 import sys
 import time
 import traceback
+import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -102,6 +100,7 @@ class Args:
     resume: str | None = None  # run folder to go on from
     eval: str | None = None  # run folder or checkpoint to evaluate
     eval_episodes: int = 10  # episodes of --eval
+    eval_steps: int = 30_000  # policy steps after which an episode of --eval is cut off
     track: bool = False  # mirror TensorBoard to Weights & Biases (pip install wandb; WANDB_PROJECT, WANDB_ENTITY)
 
 
@@ -295,8 +294,7 @@ class Decoder(nn.Module):
         losses = {"reward": (out["reward"] - reward).square() / 2}
         losses["action"] = -(out["action"].log_softmax(-1) * action).sum(-1)
         if self.images:
-            errors = [(out[key] - obs[key] / 255).square().flatten(1).sum(1) for key in self.images]
-            losses["image"] = sum(errors) / 2
+            losses["image"] = sum((out[key] - obs[key] / 255).square().flatten(1).sum(1) / 2 for key in self.images)
         parts = [(out[key] - obs[key]).square().sum(-1) / 2 for key in self.vectors]
         for key, counts in self.numbers.items():
             for i, logits in enumerate(out[key].split(counts, -1)):
@@ -404,8 +402,7 @@ class Agent(nn.Module):
         policy = list(nn.ModuleList([self.policy_lstm, self.policy_keys, self.policy]).parameters())
         # all in one sum: no gradient passes between policy and predictor
         self.scales = {"policy": 1.0, "kl": 1.0, "value": args.alpha_return, "advantage": args.alpha_return}
-        self.scales |= {"image": args.alpha_image, "obs": args.alpha_obs}
-        self.scales |= {"action": args.alpha_action, "reward": args.alpha_reward}
+        self.scales |= {key: getattr(args, f"alpha_{key}") for key in ("image", "obs", "action", "reward")}
         group = dict(params=policy, lr=args.policy_learning_rate, clip=args.clip, name="policy")
         return [group, dict(params=predictor, lr=args.learning_rate, clip=args.predictor_clip, name="predictor")]
 
@@ -586,8 +583,8 @@ def train(args: Args) -> dict:
         for group in saved["optimizer"]["param_groups"]:
             group["capturable"] = cuda  # the run may have begun on another device
         agent.optimizer.load_state_dict(saved["optimizer"])
-    run_dir, writer = open_run(args, agent, saved)
     row, stats, began, since = start_row(envs, args.seed + step), {}, time.time(), step
+    run_dir, writer = open_run(args, agent, saved)
     returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the episodes that go on
     try:
         while step < args.total_timesteps:
@@ -642,7 +639,7 @@ def train(args: Args) -> dict:
 # === Part 3: plumbing =================================================================================================
 
 RESUMED = ("resume", "total_timesteps", "checkpoint_every", "log_every", "device", "track")  # flags beside --resume
-SHOWN = ("eval", "eval_episodes", "seed", "device")  # flags beside --eval
+SHOWN = ("eval", "eval_episodes", "eval_steps", "seed", "device")  # flags beside --eval
 OF_A_CALL = dict(resume=None, eval=None, device="auto", track=False)  # flags that no run hands on
 
 
@@ -767,9 +764,10 @@ def adapt(env):
     if not isinstance(action, spaces.Discrete):
         raise ValueError(f"action space {action}; allowed: Discrete")
     numeric = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
-    parts = {key: part for key, part in parts.items() if isinstance(part, numeric)}
-    if not parts:
-        raise ValueError(f"observation space {space}; allowed: Box, Discrete, MultiDiscrete, MultiBinary, Dict of such")
+    left_out = [key for key, part in parts.items() if not isinstance(part, numeric) or 0 in (part.shape or ())]
+    assert len(left_out) < len(parts), f"observation space {space}; allowed: Box, Discrete, MultiDiscrete, MultiBinary"
+    if left_out:
+        warnings.warn(f"left out: {left_out}; allowed: Box, Discrete, MultiDiscrete, MultiBinary", stacklevel=1)
     taken = {"action", "reward", "is_first", "is_last", "is_terminal", "noise"}
     if any(key in taken or "." in key or hasattr(nn.ModuleDict, key) for key in parts):
         raise ValueError(f"observations {list(parts)}; allowed: no dots, no attributes of nn.ModuleDict, not {taken}")
@@ -780,32 +778,31 @@ def adapt(env):
             return spaces.MultiDiscrete(counts), lambda x: np.ravel(x - part.start).astype(np.int64)
         if is_image(part):
             return part, lambda x: x
-        flat = spaces.Box(-np.inf, np.inf, (spaces.flatdim(part),))
-        return flat, lambda x: spaces.flatten(part, x).astype(np.float32)
+        return spaces.Box(-np.inf, np.inf, (spaces.flatdim(part),)), lambda x: np.float32(spaces.flatten(part, x))
 
-    inner = {key: adapted(part) for key, part in parts.items()}
-    space = spaces.Dict({key: part for key, (part, _) in inner.items()})
+    inner = {key: adapted(part) for key, part in parts.items() if key not in left_out}
     as_dict = lambda obs: {key: fn(obs[key] if named else obs) for key, (_, fn) in inner.items()}
     env = gym.wrappers.TransformAction(env, lambda a: a + action.start, spaces.Discrete(action.n))
-    return gym.wrappers.TransformObservation(env, as_dict, space)
+    return gym.wrappers.TransformObservation(env, as_dict, spaces.Dict({key: part for key, (part, _) in inner.items()}))
 
 
-def make_env(env_id, args, kwargs, render):
+def make_env(env_id, args, kwargs, evaluation):
     """One environment of gymnasium's registry."""
     env = gym.make(env_id, **kwargs)
-    if render:
+    if evaluation:
         env.unwrapped.render_mode = "rgb_array"  # afterwards: a constructor need not know this mode
-    return adapt(gym.wrappers.RepeatAction(env, args.action_repeat))
+    env = gym.wrappers.RepeatAction(env, args.action_repeat)
+    return adapt(gym.wrappers.TimeLimit(env, args.eval_steps) if evaluation else env)  # a task need not end by itself
 
 
-def make_envs(env_id, num_envs, seed, args, render=False):
+def make_envs(env_id, num_envs, seed, args, evaluation=False):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete actions."""
     game = re.fullmatch(r"MemoryGame-(\d+)-v0", env_id)
     if game and env_id not in gym.registry:  # not before it is asked for: importing this file registers nothing
         gym.register(env_id, MemoryGame, kwargs={"cards": int(game[1])})
     try:
         kwargs = dict(json.loads(args.env_kwargs))
-        make, mode = partial(make_env, env_id, args, kwargs, render), gym.vector.AutoresetMode.NEXT_STEP
+        make, mode = partial(make_env, env_id, args, kwargs, evaluation), gym.vector.AutoresetMode.NEXT_STEP
         envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
         envs._add_info = lambda infos, *_: infos  # nobody reads them, and they need not fit together
         sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
@@ -815,13 +812,13 @@ def make_envs(env_id, num_envs, seed, args, render=False):
         place = traceback.extract_tb(error.__traceback__)[-1]
         at = f"{type(error).__name__} at {place.filename}:{place.lineno}"
         fail(f"--env-id {env_id} --env-kwargs {args.env_kwargs}: {error} ({at}); allowed: a known id, a JSON object")
-    envs.action_space.seed(seed)  # reset does not
     return envs
 
 
 def start_row(envs, seed):
     """Reset all environments -> their first rows."""
     obs, _ = envs.reset(seed=seed)
+    finite({key: np.abs(x).max() for key, x in obs.items()})
     no, yes = np.zeros(envs.num_envs, bool), np.ones(envs.num_envs, bool)
     return {**obs, "reward": np.float32(no), "is_first": yes, "is_last": no, "is_terminal": no}
 
@@ -829,19 +826,18 @@ def start_row(envs, seed):
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
     obs, reward, terminated, truncated, _ = envs.step(action)
-    bad = [key for key, x in {**obs, "reward": reward}.items() if not np.isfinite(x).all()]
-    if bad:
-        raise ValueError(f"the environment gives numbers that are not finite: {', '.join(bad)}")
+    finite({f"{key} of an environment": np.abs(x).max() for key, x in {**obs, "reward": reward}.items()})
     ends = {"is_first": row["is_last"], "is_last": terminated | truncated, "is_terminal": terminated}
     return {**obs, **ends, "reward": reward.astype(np.float32)}
 
 
 # --- pictures, evaluation, checkpoints --------------------------------------------------------------------------------
 def save_gif(path, frames):
-    """uint8 (T, H, W, 3) -> animated GIF."""
+    """Frames, uint8 (H, W, 3), -> animated GIF in the size of the first."""
     from PIL import Image
 
-    images = [Image.fromarray(x).quantize(256, method=Image.Quantize.FASTOCTREE) for x in frames]  # 15 x as fast
+    size, method = frames[0].shape[1::-1], Image.Quantize.FASTOCTREE  # 15 x as fast as the default
+    images = [Image.fromarray(x).resize(size).quantize(256, method=method) for x in frames]
     images[0].save(path, save_all=True, append_images=images[1:], duration=66, loop=0)
 
 
@@ -859,25 +855,29 @@ def evaluate(agent, args, episodes, video=None):
     """Play episodes without exploration noise. -> returns. The random state of training is left as it was.
     video: path for a GIF of the first, as the environment renders itself, where it can, else as the agent sees it.
     """
-    envs, scores, frames = make_envs(args.env_id, 1, args.seed, args, bool(video)), [], []
+    envs, scores, frames = make_envs(args.env_id, 1, args.seed, args, evaluation=True), [], []
     act = Captured(partial(agent.act, eval=True), args.cuda_graph and agent.device.type == "cuda")
     with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
         torch.manual_seed(args.seed + 1_000)
-        row, state, total = start_row(envs, args.seed + 1_000), agent.initial(1), 0.0
+        row, state, total, length = start_row(envs, args.seed + 1_000), agent.initial(1), 0.0, 0
         while len(scores) < episodes:
-            if video and not scores:
+            if video and not scores and len(frames) < 3000:
                 image = picture({key: torch.as_tensor(row[key][:, None]) for key in agent.decoder.shapes})[0, 0]
-                with suppress(Exception):  # there is no end to what renderers raise
-                    image = np.asarray(envs.render()[0], np.uint8)
                 frames.append(np.asarray(image, np.uint8))
+                with suppress(Exception):  # there is no end to what renderers give
+                    image = np.atleast_3d(np.squeeze(np.asarray(envs.render()[0], np.uint8)))[..., :3]
+                    frames[-1] = np.broadcast_to(image, (*image.shape[:2], 3))
             state = act(agent.inputs(row, state))
             row = next_row(envs, agent.env_action(state), row)
             total = float(row["reward"][0]) + (0.0 if row["is_first"][0] else total)
+            length = 0 if row["is_first"][0] else length + 1
             if row["is_last"][0]:
                 scores.append(total)
+                if video:
+                    print(f"episode {len(scores)}/{episodes}  return {total:g}  length {length}", flush=True)
     envs.close()
     if video:
-        save_gif(video, np.stack(frames))
+        save_gif(video, frames)
     return scores
 
 
@@ -907,7 +907,7 @@ def load(path, need=()):
 
 def inherit(args, path, saved, free):
     """The flags of a run; of those named in free, what is given now. Any other that is given must be as it was."""
-    flags = {**saved, **OF_A_CALL}
+    flags = {**asdict(Args()), **saved, **OF_A_CALL}
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
@@ -936,8 +936,7 @@ def show(args):
     path = Path(args.eval)
     folder, (agent, args) = path if path.is_dir() else path.parent, load_agent(path, args)
     scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
-    print(f"{args.env_id}, {len(scores)} episodes, beginning with {' '.join(f'{score:g}' for score in scores[:20])}")
-    print(f"mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
+    print(f"{args.env_id}: mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
     return {"run_dir": str(folder), "returns": scores}
 
 
@@ -954,16 +953,17 @@ def open_run(args, agent, saved):
     slow = "CPU  <-- WARNING: no GPU; images are slow" if agent.decoder.images else "CPU (vectors: fine)"
     device = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else slow
     print(f"run       {run_dir}\ndevice    {device}; PyTorch {torch.__version__}")
+    for key, shape in agent.decoder.shapes.items():
+        hint = "  <-- WARNING: a picture? It has to be uint8 (H, W, C): gymnasium.wrappers" if shape[0] > 1000 else ""
+        print(f"observes  {key} {shape} -> {'convolutions' if key in agent.decoder.images else 'MLP'}{hint}")
     print(f"agent     {args.agent}, {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
     print(f"training  {args.window} steps of {args.num_envs} environments an update, each window once", flush=True)
     if args.track:
         import wandb
 
         wandb.init(name=run_dir.name, id=run_dir.name, config=asdict(args), resume="allow", sync_tensorboard=True)
-    start = saved["now"]["step"] if saved else 0
-    writer = SummaryWriter(run_dir, purge_step=start + 1 if saved else None)
-    table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", start)
+    writer = SummaryWriter(run_dir, purge_step=saved["now"]["step"] + 1 if saved else None)
+    writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=1)}\n```")
     return run_dir, writer
 
 

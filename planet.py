@@ -608,10 +608,10 @@ def train(args: Args) -> dict:
         agent.load_state_dict(saved["agent"])
         torch._foreach_copy_(agent.optimizer.state, saved["optimizer"])
         replay.load(Path(args.resume) / "replay", saved["replay"])
+    row, stats, began, since = start_row(envs, args.seed + step), {}, time.time(), step
     run_dir, writer = open_run(args, agent, replay, saved)
     print(f"training  {args.seed_episodes} random episodes, {args.collect_interval} updates per episode", flush=True)
     rows = args.batch_length + 1  # in a window: the first gives the action before the second
-    row, stats, began, since = start_row(envs, args.seed + step), {}, time.time(), step
     returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the episodes that go on
     try:
         while step < args.total_timesteps:
@@ -805,13 +805,14 @@ def adapt(env):
     rescale = lambda a: np.clip(action.low + (a + 1) / 2 * (action.high - action.low), action.low, action.high)
     fit = (lambda a: rescale(a).astype(action.dtype)) if box else lambda a: a + action.start
     env = gym.wrappers.TransformAction(env, fit, spaces.Box(-1, 1, action.shape) if box else spaces.Discrete(action.n))
-    views = {}  # what the agent sees of each part
+    views = {}  # as the agent sees them
     for key, part in parts.items():
         with suppress(NotImplementedError, ValueError):  # a part that gymnasium cannot flatten
             views[key] = part if is_image(part) else spaces.Box(-np.inf, np.inf, (spaces.flatdim(part),))
     views = {key: view for key, view in views.items() if view.shape != (0,)}
+    assert views, f"observation space {space}; allowed: what gymnasium can flatten"
     if parts.keys() - views.keys():
-        warnings.warn(f"observations left out: {parts.keys() - views.keys()}; they cannot be flattened", stacklevel=1)
+        warnings.warn(f"left out: {parts.keys() - views.keys()}: empty, or not for gymnasium to flatten", stacklevel=1)
     flatten = lambda part, x: x if is_image(part) else spaces.flatten(part, x).astype(np.float32)
     as_dict = lambda obs: {key: flatten(parts[key], obs[key] if named else obs) for key in views}
     return gym.wrappers.TransformObservation(env, as_dict, spaces.Dict(views))
@@ -837,9 +838,8 @@ def make_env(env_id, args, kwargs, evaluation):
 
 def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
-    import ale_py
+    import ale_py  # noqa: F401, it registers its games
 
-    gym.register_envs(ale_py)
     settings = dict(frameskip=args.action_repeat, stack_num=1, maxpool=True, noop_max=30, episodic_life=False)
     settings |= dict(reward_clipping=False, use_fire_reset=False) | ATARI[args.atari_protocol] | kwargs
     envs = gym.make_vec(env_id, num_envs, **settings)
@@ -970,12 +970,12 @@ def load(path, need=()):
 
 def inherit(args, path, saved, free):
     """The flags of a run; of those named in free, what is given now. Any other that is given must be as it was."""
-    flags = {**saved, **OF_A_CALL}
-    if resolve(Args(**{**flags, "buffer_size": None})).buffer_size == flags["buffer_size"]:
-        flags["buffer_size"] = None  # it was derived, and is again
+    flags = {**asdict(Args()), **saved, **OF_A_CALL}
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
+    if resolve(Args(**{**flags, "buffer_size": None})).buffer_size == flags["buffer_size"]:
+        flags["buffer_size"] = None  # it was derived, and is again
     for key, value in given.items():
         if key not in free and value != flags[key]:
             flag, allowed = f"--{key.replace('_', '-')} {value}", ", ".join(free).replace("_", "-")

@@ -818,7 +818,7 @@ def make_envs(env_id, num_envs, seed, args, evaluation=False):
 def start_row(envs, seed):
     """Reset all environments -> their first rows."""
     obs, _ = envs.reset(seed=seed)
-    finite({key: np.abs(x).max() for key, x in obs.items()})
+    finite({f"{key} of an environment": np.abs(x).max() for key, x in obs.items()})
     no, yes = np.zeros(envs.num_envs, bool), np.ones(envs.num_envs, bool)
     return {**obs, "reward": np.float32(no), "is_first": yes, "is_last": no, "is_terminal": no}
 

@@ -146,12 +146,12 @@ def resolve(args: Args) -> Args:
     family = args.env_id.split("/")[0]
     preset = {"checkpoint_every": 10_000, **SIZES[args.size]}
     preset["action_repeat"] = {"ALE": 4, "dm_control": 2}.get(family, 1)
-    preset["buffer_size"] = min((args.total_timesteps or preset["total_timesteps"]) * 9 // 8, 1_000_000)  # and resets
+    preset["buffer_size"] = min((args.total_timesteps or preset["total_timesteps"]) * 9 // 8, 1_000_000)  # 1/8: resets
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     least = dict(batch_length=2, bins=3, seed=0) | dict.fromkeys(("train_ratio", "learning_rate", "agc", "eps"), 1e-30)
-    ones = "gamma", "lam", "beta1", "beta2", "unimix", "actor_unimix", "slow_rate", "return_rate"
+    ones = "gamma", "lam", "unimix", "actor_unimix", "slow_rate", "return_rate"
     for name, value in asdict(args).items():
-        low, high = least.get(name, 1 if type(value) is int else 0), 1 if name in ones else 1e18
+        low, high = least.get(name, int(type(value) is int)), 1 if name in ones else 0.99999 if "beta" in name else 1e18
         if type(value) in (int, float) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} {value}: allowed: {low:g} to {high:g}")
     if args.bins % 2 == 0 or args.deter % args.blocks:
@@ -609,7 +609,7 @@ class Agent(nn.Module):
     def action_vector(self, action):
         """Stored actions to model actions. Discrete: (B, T) -> (B, T, A) one-hot; Box: (B, T, ...) -> (B, T, A)."""
         onehot = torch.eye(self.actor.size, device=self.device)  # F.one_hot would wait for the device
-        return onehot[action] if self.actor.discrete else action.flatten(2).float()
+        return onehot[action] if self.actor.discrete else action.reshape(*action.shape[:2], -1).float()
 
     def inputs(self, row, state):
         """What act takes: observations and is_first of a row, and the state of initial or of the last act."""
@@ -687,7 +687,7 @@ class Agent(nn.Module):
         ranked, places = returns.flatten().sort().values, [q * (returns.numel() - 1) for q in (0.05, 0.95)]
         percentiles = torch.stack([ranked[int(x)].lerp(ranked[int(x) + 1], x % 1) for x in places])  # (2)
         self.return_range.lerp_(percentiles, args.return_rate)
-        scale = (self.return_range[1] - self.return_range[0]).clamp(min=1)  # max(1, S): noise is not blown up
+        scale = (self.return_range[1] - self.return_range[0]).clamp(min=1)  # max(1, S of Eq. 7): noise is not blown up
         weight = cont.cumprod(1)[:, :-1]  # (N, H), beginning with the continue probability of the start itself
         logp, entropy = self.actor.log_prob(dist, action), self.actor.entropy(dist)
         actor = actor_loss(logp, entropy, returns, value[:, :-1], weight, scale, args.entropy_scale)
@@ -721,7 +721,7 @@ class Replay:
     """Ring buffer of capacity // num_envs rows for each environment; all environments add a row at a time together.
     Windows of rows are uniform over all starts and run across episode ends; first in each batch comes the online queue,
     the windows that tile each stream, as they become complete. extras: {key: (shape, dtype)} of what is stored beside a
-    row and rewritten later, such as latent states.
+    row and rewritten later, such as latent states. T: rows of a window, with the one of context.
     """
 
     def __init__(self, capacity, num_envs, obs_space, action_space, device, extras=None):
@@ -772,7 +772,7 @@ class Replay:
             self.data[key].flatten(0, 1)[index] = values.flatten(0, 1).to(self.device)[last]
 
     def save(self, folder):
-        """Write the rows added since the last call, with the extras that they have now. -> what load needs.
+        """Write the rows added since the last call; extras written to older ones are lost. -> what load needs.
         First it deletes what the last checkpoint does not name: rows that left the ring, what a crash left behind.
         """
         folder.mkdir(exist_ok=True)
@@ -835,10 +835,10 @@ def train(args: Args) -> dict:
             while ready and updates < 1 + (step - first_step) * args.train_ratio // replayed:
                 batch = replay.sample(args.batch_size, rows)
                 batch = {key: x.to(device, non_blocking=True) for key, x in batch.items()}
-                stats = dict(update(batch))  # a GPU works on it while the environments step
+                stats = dict(update(batch))  # a GPU works on it while the environments step; dict: to pop from
                 replay.write(batch["index"][:, 1:], {key: stats.pop(key) for key in latents})
                 updates += 1
-                if not cuda:  # a GPU is waited for only when something is logged or saved
+                if not cuda:  # from a GPU they are fetched only to be logged or saved
                     finite(stats)
 
             before, step = step, step + int((~row["is_last"]).sum())  # a reset is no step
@@ -871,8 +871,8 @@ def train(args: Args) -> dict:
                     save_gif(run_dir / "open_loop.gif", video)
                     writer.add_image("open_loop", video[-1], step, dataformats="HWC")  # the farthest prediction
                 writer.flush()
-    except Exception as error:
-        raise RuntimeError(f"policy step {step:,} of {run_dir}: {type(error).__name__}: {error}") from error
+    except (Exception, KeyboardInterrupt) as error:
+        raise RuntimeError(f"policy step {step:,}, --resume {run_dir}: {type(error).__name__}: {error}") from error
     finally:
         writer.close()  # first: the environments of a broken simulator may raise again
         envs.close()
@@ -994,7 +994,7 @@ def tune(args):
 
 # --- environments -----------------------------------------------------------------------------------------------------
 def adapt(env):
-    """One environment -> Dict of uint8 images (H, W, C) and flat float32 vectors; Box actions clipped to [-1, 1]."""
+    """One environment -> Dict of uint8 images (H, W, C), flat float32 vectors; actions from [-1, 1] to the bounds."""
     space, action = env.observation_space, env.action_space
     named, box = isinstance(space, spaces.Dict), isinstance(action, spaces.Box) and action.dtype.kind == "f"
     parts = dict(space.spaces) if named else {"image" if is_image(space) else "vector": space}
@@ -1041,9 +1041,9 @@ def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
     import ale_py  # noqa: F401, it registers its games
 
-    settings = dict(frameskip=args.action_repeat, stack_num=1, maxpool=True, noop_max=30, episodic_life=False)
-    settings |= dict(reward_clipping=False, use_fire_reset=False) | ATARI[args.atari_protocol] | kwargs
-    envs = gym.make_vec(env_id, num_envs, **settings)
+    settings = dict(maxpool=True, noop_max=30, episodic_life=False, reward_clipping=False, use_fire_reset=False)
+    settings |= ATARI[args.atari_protocol] | kwargs  # without what is fixed below: given twice is an error
+    envs = gym.make_vec(env_id, num_envs, frameskip=args.action_repeat, stack_num=1, continuous=False, **settings)
     size = settings["img_height"], settings["img_width"], 1 if settings["grayscale"] else 3
     single = spaces.Dict({"image": spaces.Box(0, 255, size, np.uint8)})
     as_dict = lambda obs: {"image": obs.reshape(num_envs, *size)}
@@ -1082,7 +1082,7 @@ def start_row(envs, seed):
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
     obs, reward, terminated, truncated, _ = envs.step(action)
-    finite({f"{key} of an environment": np.abs(x).max() for key, x in {**obs, "reward": reward}.items()})
+    finite({f"{key} of an environment": np.abs(x).max() for key, x in {**obs, "reward": np.float32(reward)}.items()})
     ends = {"is_first": row["is_last"], "is_last": terminated | truncated, "is_terminal": terminated}
     return {**obs, **ends, "reward": reward.astype(np.float32)}
 
@@ -1116,7 +1116,7 @@ def film(video, seen):
 
 
 def evaluate(agent, args, episodes, video=None):
-    """Play episodes without exploration noise. -> returns. The random state of training is left as it was.
+    """Play episodes without exploration noise. -> returns. The caller's random state is left as it was.
     video: path for a GIF of the first, as the environment renders itself, where it can, else as the agent sees it.
     """
     envs, scores, frames = make_envs(args.env_id, 1, args.seed, args, evaluation=True), [], []
@@ -1166,11 +1166,11 @@ def load(path, need=()):
         assert all(key in state for key in need), "another kind of file"
         return state
     except Exception as error:
-        fail(f"{path}: cannot be read ({type(error).__name__}: {str(error)[:200]}); allowed: a checkpoint.pt")
+        fail(f"{path}: cannot be read ({type(error).__name__}: {str(error)[:200]}); allowed: a run folder")
 
 
 def inherit(args, path, saved, free):
-    """The flags of a run; of those named in free, what is given now. Any other that is given must be as it was."""
+    """The flags of a run; those in free as given now, where not the default. Any other given one must be as it was."""
     flags = {**asdict(Args()), **saved, **OF_A_CALL}
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():

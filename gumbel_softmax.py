@@ -779,11 +779,11 @@ def load(path, need=()):
         assert all(key in state for key in need), "another kind of file"
         return state
     except Exception as error:
-        fail(f"{path}: cannot be read ({type(error).__name__}: {str(error)[:200]}); allowed: a checkpoint.pt")
+        fail(f"{path}: cannot be read ({type(error).__name__}: {str(error)[:200]}); allowed: a run folder")
 
 
 def inherit(args, path, saved, free):
-    """The flags of a run; of those named in free, what is given now. Any other that is given must be as it was."""
+    """The flags of a run; those in free as given now, where not the default. Any other given one must be as it was."""
     flags = {**asdict(Args()), **saved, **OF_A_CALL}
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():

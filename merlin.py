@@ -627,8 +627,8 @@ def train(args: Args) -> dict:
                 parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now}
                 save(run_dir / "checkpoint.pt", **parts, args=asdict(args), source=SOURCE)
                 writer.flush()
-    except Exception as error:
-        raise RuntimeError(f"policy step {step:,} of {run_dir}: {type(error).__name__}: {error}") from error
+    except (Exception, KeyboardInterrupt) as error:
+        raise RuntimeError(f"policy step {step:,}, --resume {run_dir}: {type(error).__name__}: {error}") from error
     finally:
         writer.close()  # first: the environments of a broken simulator may raise again
         envs.close()
@@ -826,7 +826,7 @@ def start_row(envs, seed):
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
     obs, reward, terminated, truncated, _ = envs.step(action)
-    finite({f"{key} of an environment": np.abs(x).max() for key, x in {**obs, "reward": reward}.items()})
+    finite({f"{key} of an environment": np.abs(x).max() for key, x in {**obs, "reward": np.float32(reward)}.items()})
     ends = {"is_first": row["is_last"], "is_last": terminated | truncated, "is_terminal": terminated}
     return {**obs, **ends, "reward": reward.astype(np.float32)}
 
@@ -852,7 +852,7 @@ def picture(obs):
 
 
 def evaluate(agent, args, episodes, video=None):
-    """Play episodes without exploration noise. -> returns. The random state of training is left as it was.
+    """Play episodes without exploration noise. -> returns. The caller's random state is left as it was.
     video: path for a GIF of the first, as the environment renders itself, where it can, else as the agent sees it.
     """
     envs, scores, frames = make_envs(args.env_id, 1, args.seed, args, evaluation=True), [], []
@@ -902,11 +902,11 @@ def load(path, need=()):
         assert all(key in state for key in need), "another kind of file"
         return state
     except Exception as error:
-        fail(f"{path}: cannot be read ({type(error).__name__}: {str(error)[:200]}); allowed: a checkpoint.pt")
+        fail(f"{path}: cannot be read ({type(error).__name__}: {str(error)[:200]}); allowed: a run folder")
 
 
 def inherit(args, path, saved, free):
-    """The flags of a run; of those named in free, what is given now. Any other that is given must be as it was."""
+    """The flags of a run; those in free as given now, where not the default. Any other given one must be as it was."""
     flags = {**asdict(Args()), **saved, **OF_A_CALL}
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():

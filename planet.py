@@ -133,7 +133,7 @@ def resolve(args: Args) -> Args:
     family, _, task = args.env_id.partition("/")
     repeat = {"ALE": 4, "dm_control": REPEATS.get(task.split("-")[0], 2)}.get(family, 1)
     preset = {**SIZES[args.size], "action_repeat": repeat, "obs": "image" if family == "dm_control" else "vector"}
-    preset["buffer_size"] = min((args.total_timesteps or preset["total_timesteps"]) * 9 // 8, 1_000_000)  # and resets
+    preset["buffer_size"] = min((args.total_timesteps or preset["total_timesteps"]) * 9 // 8, 1_000_000)  # 1/8: resets
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     least = dict(batch_length=2, seed=0) | dict.fromkeys(("learning_rate", "eps", "clip", "min_std"), 1e-12)
     for name, value in asdict(args).items():
@@ -434,7 +434,7 @@ class Agent(nn.Module):
 
     def action_vector(self, action):
         """Stored actions to model actions. Discrete: (B, T) -> (B, T, A) one-hot; Box: (B, T, ...) -> (B, T, A)."""
-        return self.onehot(action) if self.discrete else action.flatten(2).float().clamp(-1, 1)
+        return self.onehot(action) if self.discrete else action.reshape(*action.shape[:2], -1).float().clamp(-1, 1)
 
     def played(self, scores):
         """Planned numbers (..., A) to model actions: clipped; Discrete: one-hot of the largest."""
@@ -660,8 +660,8 @@ def train(args: Args) -> dict:
                     save_gif(run_dir / "open_loop.gif", video)
                     writer.add_image("open_loop", video[-1], step, dataformats="HWC")  # the farthest prediction
                 writer.flush()
-    except Exception as error:
-        raise RuntimeError(f"policy step {step:,} of {run_dir}: {type(error).__name__}: {error}") from error
+    except (Exception, KeyboardInterrupt) as error:
+        raise RuntimeError(f"policy step {step:,}, --resume {run_dir}: {type(error).__name__}: {error}") from error
     finally:
         writer.close()  # first: the environments of a broken simulator may raise again
         envs.close()
@@ -793,7 +793,7 @@ def tune(args):
 
 # --- environments -----------------------------------------------------------------------------------------------------
 def adapt(env):
-    """One environment -> Dict of uint8 images (H, W, C) and flat float32 vectors; Box actions clipped to [-1, 1]."""
+    """One environment -> Dict of uint8 images (H, W, C), flat float32 vectors; actions from [-1, 1] to the bounds."""
     space, action = env.observation_space, env.action_space
     named, box = isinstance(space, spaces.Dict), isinstance(action, spaces.Box) and action.dtype.kind == "f"
     parts = dict(space.spaces) if named else {"image" if is_image(space) else "vector": space}
@@ -840,9 +840,9 @@ def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
     import ale_py  # noqa: F401, it registers its games
 
-    settings = dict(frameskip=args.action_repeat, stack_num=1, maxpool=True, noop_max=30, episodic_life=False)
-    settings |= dict(reward_clipping=False, use_fire_reset=False) | ATARI[args.atari_protocol] | kwargs
-    envs = gym.make_vec(env_id, num_envs, **settings)
+    settings = dict(maxpool=True, noop_max=30, episodic_life=False, reward_clipping=False, use_fire_reset=False)
+    settings |= ATARI[args.atari_protocol] | kwargs  # without what is fixed below: given twice is an error
+    envs = gym.make_vec(env_id, num_envs, frameskip=args.action_repeat, stack_num=1, continuous=False, **settings)
     size = settings["img_height"], settings["img_width"], 1 if settings["grayscale"] else 3
     single = spaces.Dict({"image": spaces.Box(0, 255, size, np.uint8)})
     as_dict = lambda obs: {"image": obs.reshape(num_envs, *size)}
@@ -881,7 +881,7 @@ def start_row(envs, seed):
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
     obs, reward, terminated, truncated, _ = envs.step(action)
-    finite({f"{key} of an environment": np.abs(x).max() for key, x in {**obs, "reward": reward}.items()})
+    finite({f"{key} of an environment": np.abs(x).max() for key, x in {**obs, "reward": np.float32(reward)}.items()})
     ends = {"is_first": row["is_last"], "is_last": terminated | truncated, "is_terminal": terminated}
     return {**obs, **ends, "reward": reward.astype(np.float32)}
 
@@ -915,7 +915,7 @@ def film(video, seen):
 
 
 def evaluate(agent, args, episodes, video=None):
-    """Play episodes without exploration noise. -> returns. The random state of training is left as it was.
+    """Play episodes without exploration noise. -> returns. The caller's random state is left as it was.
     video: path for a GIF of the first, as the environment renders itself, where it can, else as the agent sees it.
     """
     envs, scores, frames = make_envs(args.env_id, 1, args.seed, args, evaluation=True), [], []
@@ -965,11 +965,11 @@ def load(path, need=()):
         assert all(key in state for key in need), "another kind of file"
         return state
     except Exception as error:
-        fail(f"{path}: cannot be read ({type(error).__name__}: {str(error)[:200]}); allowed: a checkpoint.pt")
+        fail(f"{path}: cannot be read ({type(error).__name__}: {str(error)[:200]}); allowed: a run folder")
 
 
 def inherit(args, path, saved, free):
-    """The flags of a run; of those named in free, what is given now. Any other that is given must be as it was."""
+    """The flags of a run; those in free as given now, where not the default. Any other given one must be as it was."""
     flags = {**asdict(Args()), **saved, **OF_A_CALL}
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():

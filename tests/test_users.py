@@ -187,3 +187,35 @@ def test_the_replay_grows(module, make, tmp_path, made, length):
     module.train(module.Args(resume=asked, total_timesteps=200, device="cpu"))
     assert made["Replay"][-1].length == 130
     assert pathlib.Path(asked).is_dir()
+
+
+# --- actions ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_action_without_a_shape(module, make, tmp_path, monkeypatch):
+    """A Box of shape () is one number."""
+    monkeypatch.setattr(Made, "action_space", spaces.Box(-2, 2, ()))
+    make()
+    assert module.train(short(module, "Made-v0", tmp_path))["updates"] > 0
+
+
+@pytest.mark.parametrize("module", ["dreamerv3"], indirect=True)
+@pytest.mark.parametrize("flag", ["beta1", "beta2"])
+def test_decay_of_one(module, flag, capsys):
+    """A moving average that never moves would be divided by 0."""
+    with pytest.raises(SystemExit) as stop:
+        module.resolve(module.Args(**{flag: 1.0}))
+    assert stop.value.code == 2 and f"--{flag} 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["planet", "dreamerv2", "dreamerv3"], indirect=True)
+@pytest.mark.parametrize(
+    "kwargs", ['{"frameskip": 2}', '{"stack_num": 4}', '{"continuous": true}', '{"img_height": 3}']
+)
+def test_settings_of_atari_that_are_fixed(module, kwargs, capsys):
+    """They would disagree with a flag, or with what the networks take: one line."""
+    args = module.resolve(module.Args(env_kwargs=kwargs, size="debug", device="cpu"))
+    with pytest.raises(SystemExit) as stop:
+        module.make_envs(args.env_id, 1, 0, args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and kwargs in error and error.count("\n") == 1

@@ -10,6 +10,7 @@ from gymnasium import spaces
 from helpers import gif, known, short, uniform
 
 NUMBERS = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 agents = pytest.mark.parametrize("module", ["planet", "dreamerv2", "dreamerv3", "merlin"], indirect=True)
 
 
@@ -219,3 +220,49 @@ def test_settings_of_atari_that_are_fixed(module, kwargs, capsys):
         module.make_envs(args.env_id, 1, 0, args)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and kwargs in error and error.count("\n") == 1
+
+
+RECIPES = {  # of the README: a space, an observation, what comes out of it
+    "gray": (spaces.Box(0, 255, (64, 64), np.uint8), (64, 64, 1)),
+    "from 0 to 1": (spaces.Box(0, 1, (64, 64, 3), np.float32), (64, 64, 3)),
+    "channels first": (spaces.Box(0, 255, (3, 64, 64), np.uint8), (64, 64, 3)),
+    "stacked": (spaces.Box(0, 255, (4, 64, 64, 3), np.uint8), (64, 64, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_wrappers_of_the_readme(module, make, kind):
+    """What they bring into form goes to the convolutions."""
+    wrapper = next(line.split("`")[-2] for line in README.splitlines() if line.startswith("|") and kind in line)
+    space, shape = RECIPES[kind]
+    make(space, lambda t: space.sample())
+    names = {**vars(gym.wrappers), **vars(spaces), "np": np}
+    gym.register("Wrapped-v0", lambda: eval(wrapper, names, {"env": gym.make("Made-v0")}))
+    try:
+        args = module.resolve(module.Args(env_id="Wrapped-v0", size="debug", device="cpu"))
+        envs = module.make_envs(args.env_id, 1, 0, args)
+        assert module.start_row(envs, 0)["image"].shape == (1, *shape)
+    finally:
+        del gym.registry["Wrapped-v0"]
+
+
+def test_product_of_actions(module, make, monkeypatch):
+    """The README's wrapper plays each pair of actions."""
+    (line,) = [line for line in README.splitlines() if "MultiDiscrete([3, 5])" in line]
+    monkeypatch.setattr(Made, "action_space", spaces.MultiDiscrete([3, 5]))
+    played = []
+    monkeypatch.setattr(
+        Made, "step", lambda self, a: played.append(tuple(a)) or (self.observe(), 0.0, False, False, {})
+    )
+    make()
+    names = {**vars(gym.wrappers), **vars(spaces), "np": np}
+    gym.register("Wrapped-v0", lambda: eval(line.split("`")[-2], names, {"env": gym.make("Made-v0")}))
+    try:
+        args = module.resolve(module.Args(env_id="Wrapped-v0", size="debug", device="cpu"))
+        envs = module.make_envs(args.env_id, 1, 0, args)
+        row = module.start_row(envs, 0)
+        for action in range(15):
+            row = module.next_row(envs, np.array([action]), row)
+        assert sorted(played) == [(i, j) for i in range(3) for j in range(5)]
+    finally:
+        del gym.registry["Wrapped-v0"]

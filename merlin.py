@@ -627,7 +627,7 @@ def train(args: Args) -> dict:
                 parts = {"agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "now": now}
                 save(run_dir / "checkpoint.pt", **parts, args=asdict(args), source=SOURCE)
                 writer.flush()
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         raise RuntimeError(f"policy step {step:,}, --resume {run_dir}: {type(error).__name__}: {error}") from error
     finally:
         writer.close()  # first: the environments of a broken simulator may raise again

@@ -660,7 +660,7 @@ def train(args: Args) -> dict:
                     save_gif(run_dir / "open_loop.gif", video)
                     writer.add_image("open_loop", video[-1], step, dataformats="HWC")  # the farthest prediction
                 writer.flush()
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         raise RuntimeError(f"policy step {step:,}, --resume {run_dir}: {type(error).__name__}: {error}") from error
     finally:
         writer.close()  # first: the environments of a broken simulator may raise again

@@ -168,7 +168,12 @@ def measure(
     if through or compile:
         import kernels  # beside this file
 
-        kernels.compiled(agent, images=compile == "images") if compile else kernels.through_time(agent)
+        if compile == "plainly":
+            kernels.compiled_plainly(agent)
+        elif compile:
+            kernels.compiled(agent, images=compile == "images")
+        else:
+            kernels.through_time(agent)
     cuda = agent.device.type == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
     captured = lambda fn: module.Captured(fn, args.cuda_graph and cuda)  # as train does

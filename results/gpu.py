@@ -283,6 +283,7 @@ CASES = {  # of bench.py; what matters most comes first. copies: so many process
     "update 12m, weights at once": dict(size="12m", through=True),
     "update 12m, compiled step": dict(size="12m", compile=True),
     "update 12m, compiled step and images": dict(size="12m", compile="images"),
+    "update 12m, steps compiled plainly": dict(size="12m", compile="plainly"),
     "update 12m, eager": dict(size="12m", cuda_graph=False),
     "act 12m, 16 environments": dict(size="12m", act=16),
     "update 12m, kernels": dict(size="12m", profile=True),

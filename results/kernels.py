@@ -200,6 +200,20 @@ def compiled(agent, images=False):
         part.forward = lambda x, plain=plain, fast=fast: (fast if torch.is_grad_enabled() else plain)(x)
 
 
+def compiled_plainly(agent):
+    """torch.compile for the recurrent steps as they stand, weights cast and their gradients summed in each of them: all
+    that dreamerv3.py itself would need, should it be fast enough. Other batch sizes stay as they are.
+    """
+    sizes = {agent.args.batch_size, agent.args.batch_size * agent.args.batch_length}
+
+    def replace(owner, method):
+        plain, fast = getattr(owner, method), torch.compile(getattr(owner, method), dynamic=False)
+        setattr(owner, method, lambda *x: (fast if len(x[0]) in sizes else plain)(*x))
+
+    for owner, method in ("rssm", "step"), *IMAGINED:
+        replace(agent.get_submodule(owner), method)
+
+
 def count_compiled(agent, batch):
     """-> {part: operations} of the parts that compiled(agent) replaces, read from the code that the compiler makes."""
     from torch._inductor.utils import run_and_get_code

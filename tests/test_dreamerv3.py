@@ -96,9 +96,11 @@ def test_gradients_through_time():
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("images", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_compiled_steps_equal_plain_ones(images):
+@pytest.mark.parametrize("form", ["steps", *(pytest.param(x, marks=pytest.mark.slow) for x in ("images", "plainly"))])
+def test_compiled_steps_equal_plain_ones(form):
     """kernels.compiled changes neither statistics, nor gradients, nor latents of an update; and it is really used."""
+    compile = {"steps": kernels.compiled, "plainly": kernels.compiled_plainly}
+    compile["images"] = functools.partial(kernels.compiled, images=True)
     results = []
     for on in False, True:
         agent, replay = experience(d3)
@@ -106,10 +108,11 @@ def test_compiled_steps_equal_plain_ones(images):
         torch.manual_seed(5)
         update = functools.partial(agent.update, batch)
         if on:
-            kernels.compiled(agent, images)
+            torch.compiler.reset()
+            compile[form](agent)
             stats, codes = run_and_get_code(update)
-            # the step forward and backward, four parts of an imagined step; encoder and decoder, forward and backward
-            assert len(codes) == (10 if images else 6)
+            # the step forward and backward, four parts of an imagined one; encoder, decoder; the parts with gradient
+            assert len(codes) == {"steps": 6, "images": 10, "plainly": 12}[form]
         else:
             stats = update()
         squares = dict(enumerate(agent.optimizer.mean_square))  # of the gradients

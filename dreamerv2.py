@@ -85,7 +85,7 @@ class Args:
     train_every: float | None = None  # policy steps per update; Table: 4, code: 16 (Atari), 5
     prefill: int | None = None  # random policy steps before the first update; code: 50_000 (Atari), 1000 (dm_control)
     pretrain: int | None = None  # updates after the first, before the next step; code: 1, dm_control 100
-    buffer_size: int | None = None  # replay rows; 9/8 of total_timesteps, at most 2_000_000, Table
+    buffer_size: int | None = None  # replay rows; 9/8 of total_timesteps (resets are rows), at most 2_000_000, Table
     checkpoint_every: int | None = None  # policy steps between checkpoints
     log_every: float = 10.0  # seconds between progress lines and between records of scalars
     imag_horizon: int = 15  # H, Table
@@ -176,13 +176,13 @@ def resolve(args: Args) -> Args:
     args = replace(args, size=auto.get(family, "small") if args.size == "auto" else args.size)
     preset = {**SIZES[args.size], "action_repeat": {"ALE": 4, "dm_control": 2}.get(family, 1)}
     preset["obs"] = "image" if family == "dm_control" else "vector"
-    preset["buffer_size"] = min((args.total_timesteps or preset["total_timesteps"]) * 9 // 8, 2_000_000)  # 1/8: resets
+    preset["buffer_size"] = min((args.total_timesteps or preset["total_timesteps"]) * 9 // 8, 2_000_000)
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     positive = "train_every", "learning_rate", "actor_learning_rate", "critic_learning_rate", "clip", "eps"
     least = dict(batch_length=2, imag_horizon=2, seed=0, prefill=0, pretrain=0) | dict.fromkeys(positive, 1e-12)
     for name, value in asdict(args).items():
         low = least.get(name, 1 if type(value) is int else 0)
-        high = 1 if name in ("rho", "kl_balance", "gamma", "lam") else 1e18
+        high = 1 if name in ("rho", "kl_balance", "gamma", "lam") else 2**31
         if type(value) in (int, float) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} {value}: allowed: {low:g} to {high:g}")
     if args.buffer_size // args.num_envs < args.batch_length:
@@ -725,7 +725,7 @@ class Replay:
         return {**batch, "index": index}
 
     def save(self, folder):
-        """Write the rows added since the last call, delete files that no checkpoint names. -> what load needs."""
+        """Delete files that the last checkpoint does not name, write the rows added since. -> what load needs."""
         folder.mkdir(exist_ok=True)
         for path in set(folder.iterdir()) - {folder / name for _, _, name in self.files}:
             path.unlink()
@@ -752,7 +752,7 @@ def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
     if args.eval is not None or args.dream is not None:
         return show(args)
-    saved = load(args.resume, need=("args", "agent", "now")) if args.resume is not None else None
+    saved = None if args.resume is None else load(Path(args.resume) / "checkpoint.pt", need=("args", "agent", "now"))
     args = resolve(inherit(args, args.resume, saved["args"], RESUMED) if saved else args)
     tune(args)
     now = saved["now"] if saved else dict(step=0, updates=0, first_step=None, recent=[])
@@ -789,7 +789,7 @@ def train(args: Args) -> dict:
                 batch = {key: x.to(device, non_blocking=True) for key, x in batch.items()}
                 stats = update(batch)  # a GPU works on it while the environments step
                 updates += 1
-                if not cuda:  # from a GPU they are fetched only to be logged or saved
+                if not cuda:  # a GPU would be waited for: there nan stops the run at the next record or checkpoint
                     finite(stats)
 
             before, step = step, step + int((~row["is_last"]).sum())  # a reset is no step
@@ -990,6 +990,7 @@ def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
     import ale_py  # noqa: F401, it registers its games
 
+    assert args.obs == "vector", f"--obs {args.obs}; allowed: leave it out, as Atari gives pixels"
     settings = dict(maxpool=True, noop_max=30, episodic_life=False, reward_clipping=False, use_fire_reset=False)
     settings |= ATARI[args.atari_protocol] | kwargs  # without what is fixed below: given twice is an error
     envs = gym.make_vec(env_id, num_envs, frameskip=args.action_repeat, stack_num=1, continuous=False, **settings)
@@ -1124,12 +1125,12 @@ def inherit(args, path, saved, free):
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
-    if resolve(Args(**{**flags, "buffer_size": None})).buffer_size == flags["buffer_size"]:
-        flags["buffer_size"] = None  # it was derived, and is again
     for key, value in given.items():
         if key not in free and value != flags[key]:
             flag, allowed = f"--{key.replace('_', '-')} {value}", ", ".join(free).replace("_", "-")
             fail(f"{flag}: the run at {path} has {flags[key]}; allowed to change: {allowed}")
+    if resolve(Args(**{**flags, "buffer_size": None})).buffer_size == flags["buffer_size"]:
+        flags["buffer_size"] = None  # it was derived, and is again
     return Args(**{**flags, **given})
 
 
@@ -1162,6 +1163,7 @@ def open_run(args, agent, replay, saved):
     """Make the run folder, say what is about to run. -> folder, TensorBoard, with --track mirrored to W&B too."""
     from torch.utils.tensorboard import SummaryWriter
 
+    wandb = __import__("wandb") if args.track else None  # missing: known before anything is written
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.resume) if saved else Path(args.run_root) / name
     try:
@@ -1177,9 +1179,7 @@ def open_run(args, agent, replay, saved):
         print(f"observes  {key} {shape} -> {'convolutions' if key in agent.decoder.images else 'MLP'}{hint}")
     print(f"agent     {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
     print(f"replay    {args.buffer_size:,} rows x {replay.row_bytes / 1024:.1f} KiB = {size:.1f} GiB of {place} memory")
-    if args.track:
-        import wandb
-
+    if wandb:
         wandb.init(name=run_dir.name, id=run_dir.name, config=asdict(args), resume="allow", sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=saved["now"]["step"] + 1 if saved else None)
     writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=1)}\n```")

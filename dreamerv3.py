@@ -80,7 +80,7 @@ class Args:
     batch_length: int | None = None  # T, steps per sequence; Table: 64 (debug: 8)
     train_ratio: float | None = None  # replayed steps per policy step; 512 (debug: 4). Atari100k: paper 128, code 256
     learning_starts: int | None = None  # windows in the replay before the first update; code: 1024 (debug: 64)
-    buffer_size: int | None = None  # replay rows; 9/8 of total_timesteps, at most 1_000_000. Table: 5e6
+    buffer_size: int | None = None  # replay rows; 9/8 of the steps (resets are rows), at most 1_000_000. Table: 5e6
     checkpoint_every: int | None = None  # policy steps between checkpoints; 10_000 (debug: 200)
     log_every: float = 10.0  # seconds between progress lines and between records of scalars
     imag_horizon: int = 15  # H, Table
@@ -146,12 +146,12 @@ def resolve(args: Args) -> Args:
     family = args.env_id.split("/")[0]
     preset = {"checkpoint_every": 10_000, **SIZES[args.size]}
     preset["action_repeat"] = {"ALE": 4, "dm_control": 2}.get(family, 1)
-    preset["buffer_size"] = min((args.total_timesteps or preset["total_timesteps"]) * 9 // 8, 1_000_000)  # 1/8: resets
+    preset["buffer_size"] = min((args.total_timesteps or preset["total_timesteps"]) * 9 // 8, 1_000_000)
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     least = dict(batch_length=2, bins=3, seed=0) | dict.fromkeys(("train_ratio", "learning_rate", "agc", "eps"), 1e-30)
     ones = "gamma", "lam", "unimix", "actor_unimix", "slow_rate", "return_rate"
     for name, value in asdict(args).items():
-        low, high = least.get(name, int(type(value) is int)), 1 if name in ones else 0.99999 if "beta" in name else 1e18
+        low, high = least.get(name, int(type(value) is int)), 1 if name in ones else 0.9999 if "beta" in name else 2**31
         if type(value) in (int, float) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} {value}: allowed: {low:g} to {high:g}")
     if args.bins % 2 == 0 or args.deter % args.blocks:
@@ -801,7 +801,7 @@ def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
     if args.eval is not None or args.dream is not None:
         return show(args)
-    saved = load(args.resume, need=("args", "agent", "now")) if args.resume is not None else None
+    saved = None if args.resume is None else load(Path(args.resume) / "checkpoint.pt", need=("args", "agent", "now"))
     args = resolve(inherit(args, args.resume, saved["args"], RESUMED) if saved else args)
     tune(args)
     now = saved["now"] if saved else dict(step=0, updates=0, first_step=None, recent=[])
@@ -838,7 +838,7 @@ def train(args: Args) -> dict:
                 stats = dict(update(batch))  # a GPU works on it while the environments step; dict: to pop from
                 replay.write(batch["index"][:, 1:], {key: stats.pop(key) for key in latents})
                 updates += 1
-                if not cuda:  # from a GPU they are fetched only to be logged or saved
+                if not cuda:  # a GPU would be waited for: there nan stops the run at the next record or checkpoint
                     finite(stats)
 
             before, step = step, step + int((~row["is_last"]).sum())  # a reset is no step
@@ -1041,6 +1041,7 @@ def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
     import ale_py  # noqa: F401, it registers its games
 
+    assert args.obs == "vector", f"--obs {args.obs}; allowed: leave it out, as Atari gives pixels"
     settings = dict(maxpool=True, noop_max=30, episodic_life=False, reward_clipping=False, use_fire_reset=False)
     settings |= ATARI[args.atari_protocol] | kwargs  # without what is fixed below: given twice is an error
     envs = gym.make_vec(env_id, num_envs, frameskip=args.action_repeat, stack_num=1, continuous=False, **settings)
@@ -1175,12 +1176,12 @@ def inherit(args, path, saved, free):
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
-    if resolve(Args(**{**flags, "buffer_size": None})).buffer_size == flags["buffer_size"]:
-        flags["buffer_size"] = None  # it was derived, and is again
     for key, value in given.items():
         if key not in free and value != flags[key]:
             flag, allowed = f"--{key.replace('_', '-')} {value}", ", ".join(free).replace("_", "-")
             fail(f"{flag}: the run at {path} has {flags[key]}; allowed to change: {allowed}")
+    if resolve(Args(**{**flags, "buffer_size": None})).buffer_size == flags["buffer_size"]:
+        flags["buffer_size"] = None  # it was derived, and is again
     return Args(**{**flags, **given})
 
 
@@ -1213,6 +1214,7 @@ def open_run(args, agent, replay, saved):
     """Make the run folder, say what is about to run. -> folder, TensorBoard, with --track mirrored to W&B too."""
     from torch.utils.tensorboard import SummaryWriter
 
+    wandb = __import__("wandb") if args.track else None  # missing: known before anything is written
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.resume) if saved else Path(args.run_root) / name
     try:
@@ -1228,9 +1230,7 @@ def open_run(args, agent, replay, saved):
         print(f"observes  {key} {shape} -> {'convolutions' if key in agent.decoder.images else 'MLP'}{hint}")
     print(f"agent     {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
     print(f"replay    {args.buffer_size:,} rows x {replay.row_bytes / 1024:.1f} KiB = {size:.1f} GiB of {place} memory")
-    if args.track:
-        import wandb
-
+    if wandb:
         wandb.init(name=run_dir.name, id=run_dir.name, config=asdict(args), resume="allow", sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=saved["now"]["step"] + 1 if saved else None)
     writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=1)}\n```")

@@ -30,7 +30,7 @@ Differs from the paper, on purpose:
   newest, always. The predictor's reads count, not the policy's. Both matter in episodes longer than the memory only.
 - The image decoder doubles its resolution by repeating pixels before a block, not by transposed convolutions.
 - The image encoder has a layer norm before its tanh, which Adam drives into saturation within 100 updates otherwise.
-- All alphas are ours, as are rates, discount and entropy of size small: found on the memory game.
+- All alphas are ours, as are rates, discount and entropy of size small: found on the memory game. Text is left out.
 """
 
 import ctypes
@@ -76,7 +76,7 @@ class Args:
     gamma: float | None = None  # discount, of rewards and of the retroactive memory; paper 0.96
     lam: float | None = None  # lambda of the advantages; paper 0.9
     entropy_scale: float | None = None  # of the policy; paper 0.01
-    learning_rate: float | None = None  # of the predictor (Adam); paper 1e-4
+    learning_rate: float | None = None  # of the predictor (Adam); size paper 1e-4, the paper's own is not known
     policy_learning_rate: float | None = None  # of the policy, and of the baselines
     clip: float = 10.0  # largest gradient norm of the policy, and of the baselines
     predictor_clip: float = 500.0  # largest gradient norm of the predictor
@@ -138,7 +138,7 @@ def resolve(args: Args) -> Args:
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     for name, value in asdict(args).items():
         least = 0 if name in (*ALPHAS, "entropy_scale", "value_scale", "gamma", "lam", "seed", "log_every") else 1e-12
-        most = 1 if name in ("gamma", "lam") else 1e18
+        most = 1 if name in ("gamma", "lam") else 2**31
         if type(value) in (int, float) and not least <= value <= most:
             fail(f"--{name.replace('_', '-')} {value}: allowed: {'more than 0' if least else '0 or more'}, to {most:g}")
     return args
@@ -177,7 +177,7 @@ def write(state, content, read_weights, gamma):
     R = state["memory"].shape[1]
     usage, age = state["usage"] + read_weights.detach().sum(1), state["age"] + 1  # (N, R) each
     free = state["count"]  # (N): room left: the next free row
-    least = (usage / age).argmin(1)  # (N): full: the row read least per step gives way; by the sum it were the newest
+    least = (usage / age).argmin(1)  # (N): full: the row read least per step gives way; a sum would pick the newest
     chosen = onehot(torch.where(free < R, free, least), R)  # (N, R)
     kept = 1 - chosen  # (N, R): the chosen row is emptied; a free one is empty
     retro = (gamma * state["retro"] + (1 - gamma) * state["last"]) * kept  # (N, R)
@@ -212,7 +212,7 @@ def mlp(inputs, units, outputs, layers=1):
 
 class Bottleneck(nn.Module):
     """Residual block: 1x1, 3x3 to half the channels, 1x1 back; stride 2 halves the resolution, -2 doubles it. No batch
-    norm, hence weights as large as ReLUs need (He): with PyTorch's, a sixth of that, two boards look alike for ever.
+    norm, hence weights of the variance ReLUs need (He): PyTorch's is a sixth, and two boards look alike for ever.
     """
 
     def __init__(self, inputs, channels, stride):
@@ -567,7 +567,7 @@ def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
     if args.eval is not None:
         return show(args)
-    saved = load(args.resume, need=("args", "agent", "now")) if args.resume is not None else None
+    saved = None if args.resume is None else load(Path(args.resume) / "checkpoint.pt", need=("args", "agent", "now"))
     args = resolve(inherit(args, args.resume, saved["args"], RESUMED) if saved else args)
     tune(args)
     now = saved["now"] if saved else dict(step=0, updates=0, recent=[])
@@ -607,7 +607,7 @@ def train(args: Args) -> dict:
             batch = {key: torch.stack([torch.as_tensor(x[key]) for x in rows], 1).to(device) for key in rows[0]}
             stats = update({**batch, **start})
             updates += 1
-            if not cuda:
+            if not cuda:  # a GPU would be waited for: there nan stops the run at the next record or checkpoint
                 finite(stats)
 
             done = step >= args.total_timesteps
@@ -944,6 +944,7 @@ def open_run(args, agent, saved):
     """Make the run folder, say what is about to run. -> folder, TensorBoard, with --track mirrored to W&B too."""
     from torch.utils.tensorboard import SummaryWriter
 
+    wandb = __import__("wandb") if args.track else None  # missing: known before anything is written
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.resume) if saved else Path(args.run_root) / name
     try:
@@ -955,12 +956,10 @@ def open_run(args, agent, saved):
     print(f"run       {run_dir}\ndevice    {device}; PyTorch {torch.__version__}")
     for key, shape in agent.decoder.shapes.items():
         hint = "  <-- WARNING: a picture? It has to be uint8 (H, W, C): gymnasium.wrappers" if shape[0] > 1000 else ""
-        print(f"observes  {key} {shape} -> {'convolutions' if key in agent.decoder.images else 'MLP'}{hint}")
+        print(f"observes  {key} {shape} -> {'convolutions' if key in agent.decoder.images else 'as numbers'}{hint}")
     print(f"agent     {args.agent}, {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
     print(f"training  {args.window} steps of {args.num_envs} environments an update, each window once", flush=True)
-    if args.track:
-        import wandb
-
+    if wandb:
         wandb.init(name=run_dir.name, id=run_dir.name, config=asdict(args), resume="allow", sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=saved["now"]["step"] + 1 if saved else None)
     writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=1)}\n```")

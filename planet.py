@@ -26,7 +26,7 @@ after seeing obs_t. The model at row t thus sees obs[t] and action[t-1]; at is_f
 
 Differs from the paper, on purpose:
 - Where paper and code disagree the code's last state counts: reward network 3 x 300 (paper 2 x 200), deviations of the
-  refit (paper: mean absolute), reward loss times 10 (paper: silent), clipped candidates.
+  refit (paper: mean absolute), reward loss times 10 (paper: silent), clipped candidates, means over T (paper: sums).
 - Vectors go through two layers of U units on both sides: the paper has pixels only.
 - Discrete actions are no part of the paper: candidates are scores of the actions, the largest is played and modelled.
 - Episodes shorter than a window are used from their start, and the window runs on into the next one.
@@ -79,7 +79,7 @@ class Args:
     batch_length: int | None = None  # T, steps per sequence; paper: 50
     seed_episodes: int | None = None  # random episodes before the first update; paper: 5
     collect_interval: int | None = None  # updates per episode; paper: 100
-    buffer_size: int | None = None  # replay rows; 9/8 of total_timesteps, at most 1_000_000
+    buffer_size: int | None = None  # replay rows; 9/8 of total_timesteps (a reset is a row, too), at most 1_000_000
     checkpoint_every: int = 5_000  # policy steps between checkpoints
     log_every: float = 10.0  # seconds between progress lines and between records of scalars
     horizon: int = 12  # H, steps of a plan
@@ -133,12 +133,12 @@ def resolve(args: Args) -> Args:
     family, _, task = args.env_id.partition("/")
     repeat = {"ALE": 4, "dm_control": REPEATS.get(task.split("-")[0], 2)}.get(family, 1)
     preset = {**SIZES[args.size], "action_repeat": repeat, "obs": "image" if family == "dm_control" else "vector"}
-    preset["buffer_size"] = min((args.total_timesteps or preset["total_timesteps"]) * 9 // 8, 1_000_000)  # 1/8: resets
+    preset["buffer_size"] = min((args.total_timesteps or preset["total_timesteps"]) * 9 // 8, 1_000_000)
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     least = dict(batch_length=2, seed=0) | dict.fromkeys(("learning_rate", "eps", "clip", "min_std"), 1e-12)
     for name, value in asdict(args).items():
         low = least.get(name, 1 if type(value) is int else 0)
-        high = {"top": args.candidates, "bits": 8}.get(name, 1e18)
+        high = {"top": args.candidates, "bits": 8}.get(name, 2**31)
         if type(value) in (int, float) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} {value}: allowed: {low:g} to {high:g}")
     if args.buffer_size // args.num_envs <= args.batch_length:
@@ -171,7 +171,7 @@ def is_image(space):
 
 def preprocess(image, bits, noise=None):
     """Images of few bits, dequantised: floor(u8 / 2^(8 - bits)) / 2^bits + U(0, 2^-bits) - 0.5 in +-0.5. Few bits:
-    small objects weigh as much as the texture of the ground. Noise: a density cannot grow without bound.
+    small objects weigh as much as the texture of the ground. Noise, always new: a density cannot grow without bound.
     """
     noise = torch.rand(image.shape, device=image.device) / 2**bits if noise is None else noise
     return torch.div(image, 2 ** (8 - bits), rounding_mode="floor").float() / 2**bits + noise - 0.5
@@ -319,7 +319,7 @@ class RSSM(nn.Module):
             deter, stoch = deter * keep[:, t, None], stoch * keep[:, t, None]
             deter = self.step(deter, stoch, weight_stoch, action_hidden[:, t])
             mean, std = self.post_out(F.relu(F.linear(deter.to(embed.dtype), weight_deter) + embed_hidden[:, t]))
-            stoch = mean + std * noise[:, t]  # reparameterised
+            stoch = mean + std * noise[:, t]  # reparameterised; the posterior's sample is what is carried on
             states.append((deter, stoch, mean, std))
         deter, stoch, mean, std = (torch.stack(x, 1) for x in zip(*states, strict=True))
         prior_mean, prior_std = self.prior(deter)
@@ -394,7 +394,7 @@ def refit(candidates, returns, top):
 def cem(score, shape, iterations, top, like):
     """Cross-entropy method, Algorithm 2: draw plans, keep the best, fit a normal distribution to them, repeat.
     score: plans (N, J, H, A) in -1 to 1 -> returns (N, J); shape: (N, J, H, A); like: a tensor of the device.
-    -> the mean of the last fit (N, H, A). Each of the N problems has candidates of its own. Clipped plans are refitted.
+    -> the mean of the last fit (N, H, A). Each of the N problems has candidates of its own. Fits see clipped plans.
     """
     N, _, H, A = shape
     mean, std = like.new_zeros(N, 1, H, A), like.new_ones(N, 1, H, A)
@@ -447,7 +447,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, inputs, eval=False, random=False):
-        """Filter, plan, add noise (eval: none; random: uniform actions). -> next state, "action" (N, A) for now."""
+        """Filter, plan, add noise (eval: none; random: uniform actions). -> new state, its "action" (N, A) to play."""
         obs = {key: inputs[key][:, None] for key in self.decoder.shapes}
         with self.autocast():
             embed = self.encoder(self.encoder.preprocess(obs))
@@ -469,7 +469,7 @@ class Agent(nn.Module):
         Samples of the prior, means of the reward, their plain sum: no discount, no value at the end.
         """
         args, N, J = self.args, len(state["stoch"]), self.args.candidates
-        start = {key: state[key].repeat_interleave(J, 0) for key in ("deter", "stoch")}  # J copies of each
+        start = {key: state[key].repeat_interleave(J, 0) for key in ("deter", "stoch")}  # J copies of each in turn
 
         def score(plans):  # plans (N, J, H, A) -> returns (N, J)
             future = self.rssm.imagine(start, self.played(plans).flatten(0, 1))
@@ -545,8 +545,8 @@ class Replay:
                 starts.pop(0)  # the whole episode has left the ring
 
     def episodes(self, B, T):
-        """Draw B of the episodes that have T rows from their context on: environment, first row, end. -> (B, 3)"""
-        counts = [bisect(starts, self.rows - T + 1) for starts in self.starts]  # the others began after these
+        """Draw B episodes of those with T rows stored since their context: environment, first row, end. -> (B, 3)"""
+        counts = [bisect(starts, self.rows - T + 1) for starts in self.starts]  # later ones have less than T rows yet
         envs = torch.multinomial(torch.tensor(counts, dtype=torch.float), B, True).tolist()
         places = [(n, int(u * counts[n])) for n, u in zip(envs, torch.rand(B).tolist(), strict=True)]
         return torch.tensor([(n, *self.starts[n][k : k + 2], self.rows)[:3] for n, k in places])
@@ -564,7 +564,7 @@ class Replay:
         return {**batch, "index": index}
 
     def save(self, folder):
-        """Write the rows added since the last call, delete files that no checkpoint names. -> what load needs."""
+        """Delete files that the last checkpoint does not name, write the rows added since. -> what load needs."""
         folder.mkdir(exist_ok=True)
         for path in set(folder.iterdir()) - {folder / name for _, _, name in self.files}:
             path.unlink()
@@ -591,7 +591,7 @@ def train(args: Args) -> dict:
     """Algorithm 1. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
     if args.eval is not None or args.dream is not None:
         return show(args)
-    saved = load(args.resume, need=("args", "agent", "now")) if args.resume is not None else None
+    saved = None if args.resume is None else load(Path(args.resume) / "checkpoint.pt", need=("args", "agent", "now"))
     args = resolve(inherit(args, args.resume, saved["args"], RESUMED) if saved else args)
     tune(args)
     now = saved["now"] if saved else dict(step=0, updates=0, episodes=0, recent=[])
@@ -627,7 +627,7 @@ def train(args: Args) -> dict:
                 batch = replay.sample(args.batch_size, rows)
                 stats = update({key: x.to(device, non_blocking=True) for key, x in batch.items()})
                 updates += 1
-                if not cuda:
+                if not cuda:  # a GPU would be waited for: there nan stops the run at the next record or checkpoint
                     finite(stats)
 
             before, step = step, step + int((~row["is_last"]).sum())  # a reset is no step
@@ -840,6 +840,7 @@ def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
     import ale_py  # noqa: F401, it registers its games
 
+    assert args.obs == "vector", f"--obs {args.obs}; allowed: leave it out, as Atari gives pixels"
     settings = dict(maxpool=True, noop_max=30, episodic_life=False, reward_clipping=False, use_fire_reset=False)
     settings |= ATARI[args.atari_protocol] | kwargs  # without what is fixed below: given twice is an error
     envs = gym.make_vec(env_id, num_envs, frameskip=args.action_repeat, stack_num=1, continuous=False, **settings)
@@ -974,12 +975,12 @@ def inherit(args, path, saved, free):
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")
-    if resolve(Args(**{**flags, "buffer_size": None})).buffer_size == flags["buffer_size"]:
-        flags["buffer_size"] = None  # it was derived, and is again
     for key, value in given.items():
         if key not in free and value != flags[key]:
             flag, allowed = f"--{key.replace('_', '-')} {value}", ", ".join(free).replace("_", "-")
             fail(f"{flag}: the run at {path} has {flags[key]}; allowed to change: {allowed}")
+    if resolve(Args(**{**flags, "buffer_size": None})).buffer_size == flags["buffer_size"]:
+        flags["buffer_size"] = None  # it was derived, and is again
     return Args(**{**flags, **given})
 
 
@@ -1012,6 +1013,7 @@ def open_run(args, agent, replay, saved):
     """Make the run folder, say what is about to run. -> folder, TensorBoard, with --track mirrored to W&B too."""
     from torch.utils.tensorboard import SummaryWriter
 
+    wandb = __import__("wandb") if args.track else None  # missing: known before anything is written
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.resume) if saved else Path(args.run_root) / name
     try:
@@ -1027,9 +1029,7 @@ def open_run(args, agent, replay, saved):
         print(f"observes  {key} {shape} -> {'convolutions' if key in agent.decoder.images else 'MLP'}{hint}")
     print(f"agent     {sum(p.numel() for p in agent.params):,} parameters ({args.size})")
     print(f"replay    {args.buffer_size:,} rows x {replay.row_bytes / 1024:.1f} KiB = {size:.1f} GiB of {place} memory")
-    if args.track:
-        import wandb
-
+    if wandb:
         wandb.init(name=run_dir.name, id=run_dir.name, config=asdict(args), resume="allow", sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=saved["now"]["step"] + 1 if saved else None)
     writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=1)}\n```")

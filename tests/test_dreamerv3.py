@@ -166,7 +166,7 @@ def reached(agent, loss):
     return {name.split(".")[0] for name, grad in zip(names, grads, strict=True) if grad is not None}
 
 
-PATCHES = ["no_recon_gradient", "no_return_norm", "no_reward_value_gradient", "no_symlog"]
+PATCHES = ["multidiscrete", "no_recon_gradient", "no_return_norm", "no_reward_value_gradient", "no_symlog"]
 
 
 def test_every_patch_is_tested():

@@ -2,6 +2,7 @@
 """What users' environments give: tasks without an end, odd observations and renderers, runs that turn out longer."""
 
 import pathlib
+import sys
 
 import gymnasium as gym
 import numpy as np
@@ -131,8 +132,10 @@ def test_header(module, make, tmp_path, capsys):
     module.train(short(module, "Made-v0", tmp_path, **known(module, flags)))
     camera, depth, pose = [line for line in capsys.readouterr().out.splitlines() if line.startswith("observes")]
     assert camera.split() == "observes camera (64, 64, 3) -> convolutions".split()
-    assert pose.split() == "observes pose (2,) -> MLP".split()
-    assert depth.startswith("observes  depth (4096,) -> MLP  <-- WARNING: a picture?") and "gymnasium.wrappers" in depth
+    numbers = "as numbers" if module.__name__ == "merlin" else "MLP"
+    assert pose.split() == f"observes pose (2,) -> {numbers}".split()
+    assert depth.startswith(f"observes  depth (4096,) -> {numbers}  <-- WARNING: a picture?")
+    assert "gymnasium.wrappers" in depth
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -266,3 +269,55 @@ def test_product_of_actions(module, make, monkeypatch):
         assert sorted(played) == [(i, j) for i in range(3) for j in range(5)]
     finally:
         del gym.registry["Wrapped-v0"]
+
+
+# --- flags that disagree, or that do not ------------------------------------------------------------------------------
+
+
+def test_a_flag_as_the_run_has_it(module, make, tmp_path):
+    """Is accepted, one that was derived, too: what load_agent returns can be handed to it again."""
+    make()
+    run = module.train(short(module, "Made-v0", tmp_path))["run_dir"]
+    _, args = module.load_agent(run)
+    assert args.buffer_size == 135 and module.load_agent(run, args)[1] == args
+    again = module.train(module.Args(resume=run, buffer_size=135, total_timesteps=130, device="cpu"))
+    assert again["global_step"] == 130
+
+
+@agents
+def test_resume_takes_a_folder(module, make, tmp_path, capsys):
+    """A file is refused in one line that says so."""
+    make()
+    run = module.train(short(module, "Made-v0", tmp_path))["run_dir"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        module.train(module.Args(resume=f"{run}/checkpoint.pt", total_timesteps=200, device="cpu"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "allowed: a run folder" in error and error.count("\n") == 1
+
+
+@agents
+def test_wandb_is_missing(module, make, tmp_path, monkeypatch):
+    """Known before anything is written."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    make()
+    with pytest.raises(ImportError, match="wandb"):
+        module.train(short(module, "Made-v0", tmp_path, track=True))
+    assert not list(tmp_path.iterdir())
+
+
+@agents
+def test_seeds(module, capsys):
+    """Those that NumPy does not take are refused."""
+    with pytest.raises(SystemExit) as stop:
+        module.resolve(module.Args(seed=2**32))
+    assert stop.value.code == 2 and "--seed 4294967296" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["planet", "dreamerv2", "dreamerv3"], indirect=True)
+def test_atari_gives_pixels(module, capsys):
+    """--obs, which has no meaning there, is not ignored."""
+    args = module.resolve(module.Args(env_id="ALE/Pong-v5", obs="both", size="debug", device="cpu"))
+    with pytest.raises(SystemExit) as stop:
+        module.make_envs(args.env_id, 1, 0, args)
+    assert stop.value.code == 2 and "--obs both" in capsys.readouterr().err

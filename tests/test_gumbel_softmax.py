@@ -691,6 +691,17 @@ def test_binarize(folder):
     assert set(data["dynamic"]["test"].unique().tolist()) == {0, 1}
 
 
+@pytest.mark.parametrize("place", ["", "raw", "MNIST/raw"])
+@pytest.mark.parametrize("kind", ["-idx3-ubyte", ".idx3-ubyte", "-idx3-ubyte.gz", ".idx3-ubyte.gz"])
+def test_usual_names(tmp_path, place, kind):
+    """--data takes the files under the names and in the folders that downloads and torchvision leave."""
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    for i, split in enumerate(("train", "t10k")):
+        data = idx(tiny_images(9 + i))
+        (tmp_path / place / f"{split}-images{kind}").write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
+    assert [len(images) for images in module.mnist(tmp_path)] == [9, 10]
+
+
 def refused(capsys, *texts, of=(module.Args, module.train), **flags):
     """train(flags), or what else of names, prints one line that holds the texts, and exits with 2."""
     capsys.readouterr()

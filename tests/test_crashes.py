@@ -63,9 +63,9 @@ def test_spaces_and_flags(module, tmp_path, capsys):
 
 
 def test_replay_larger_than_memory(module, tmp_path, capsys):
-    """Refused before anything is allocated: 10 PiB would not be there."""
-    flags = dict(env_id="ALE/Pong-v5", size="debug", buffer_size=10**12, run_root=str(tmp_path))
-    refused(module, capsys, "--buffer-size 1000000000000", "GiB", **flags)
+    """Refused before anything is allocated: 7 TiB and more would not be there."""
+    flags = dict(env_id="ALE/Pong-v5", size="debug", buffer_size=2 * 10**9, run_root=str(tmp_path))
+    refused(module, capsys, "--buffer-size 2000000000", "GiB", **flags)
     assert not list(tmp_path.iterdir())
 
 

@@ -840,7 +840,7 @@ def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
     import ale_py  # noqa: F401, it registers its games
 
-    assert args.obs == "vector", f"--obs {args.obs}; allowed: leave it out, as Atari gives pixels"
+    assert args.obs != "both", "--obs both; allowed: image, as Atari gives pixels and nothing else"
     settings = dict(maxpool=True, noop_max=30, episodic_life=False, reward_clipping=False, use_fire_reset=False)
     settings |= ATARI[args.atari_protocol] | kwargs  # without what is fixed below: given twice is an error
     envs = gym.make_vec(env_id, num_envs, frameskip=args.action_repeat, stack_num=1, continuous=False, **settings)

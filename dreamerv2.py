@@ -35,7 +35,8 @@ Where sources disagree:
 Differs from paper and code, on purpose:
 - Size atari-fast by default, and 5M policy steps of it. bfloat16 in place of float16 with loss scaling.
 - Episodes shorter than a window, which the code drops, are used from their start, and the window runs on into the next
-  one; by the newest row, the last window there is. None has a state to begin with, as the code's; the paper's do.
+  one; near the newest row, the last window there is. Windows begin without a state, as in the code; the paper's keep
+  their first action.
 - Until an episode has finished, those under way are sampled; then never one that has not ended, as in the code.
 """
 

@@ -66,6 +66,16 @@ def test_windows_are_uniform(module):
     assert len(counts) == 45 and chi2 < limit
 
 
+def test_a_larger_replay(module, tmp_path):
+    """Rows that had left the ring when it was saved are not there in a larger one, from the first sample on."""
+    replay = numbered(module, 33)
+    larger = numbered(module, 0, capacity=90)
+    larger.load(tmp_path, replay.save(tmp_path))
+    assert larger.length == 30 and larger.windows(7) == replay.windows(7)
+    drawn = [set(zip(*(x.tolist() for x in places(uniform(x, 3000, 7))), strict=True)) for x in (replay, larger)]
+    assert drawn[0] == drawn[1] and min(start for _, start in drawn[1]) == 13
+
+
 def test_a_sample_costs_the_same_however_many_episodes(module):
     """A million rows of short episodes are what an Atari run ends with; an update waits for its sample."""
     few, many = numbered(module, 40, 30_000), numbered(module, 8000, 30_000)  # 20 episodes, and 4,000

@@ -147,7 +147,7 @@ DRAWN = {
     "rgba": lambda t: np.zeros((37, 53, 4), np.uint8),
     "a list": lambda t: [FIELD],
     "int64": lambda t: FIELD.astype(int),
-    "grows": lambda t: np.zeros((37 + t, 53, 3), np.uint8),
+    "grows": lambda t: np.full((37 + t, 53, 3), 20 * t, np.uint8),  # equal pictures would be one
     "none, later": lambda t: FIELD if t < 3 else None,
     "words": lambda t: "no picture",
     "raises": lambda t: 1 / 0,
@@ -218,7 +218,7 @@ def test_decay_of_one(module, flag, capsys):
 )
 def test_settings_of_atari_that_are_fixed(module, kwargs, capsys):
     """They would disagree with a flag, or with what the networks take: one line."""
-    args = module.resolve(module.Args(env_kwargs=kwargs, size="debug", device="cpu"))
+    args = module.resolve(module.Args(env_id="ALE/Pong-v5", env_kwargs=kwargs, size="debug", device="cpu"))
     with pytest.raises(SystemExit) as stop:
         module.make_envs(args.env_id, 1, 0, args)
     error = capsys.readouterr().err

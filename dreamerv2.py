@@ -14,7 +14,6 @@ of it, "Table" its hyperparameter table D.1, "code" the authors' release in its 
     python dreamerv2.py --env-id dm_control/walker-walk-v0                     from pixels; --obs vector: from states
     python dreamerv2.py --resume runs/...                 go on where the last checkpoint stands, replay included
     python dreamerv2.py --eval runs/.../checkpoint.pt     play 10 episodes, print the returns, save eval.gif
-    python dreamerv2.py --dream runs/.../checkpoint.pt    the policy rolled out in imagination only, save dream.gif
 
 Symbols in shapes: B sequences of a batch, T steps trained on, H imagination horizon, N = B*T start states (in acting:
 the environments), A action size, E embedding, D deterministic state, S latent variables, K classes of each, Z = S*K,
@@ -75,6 +74,7 @@ class Args:
     env_id: str = "ALE/Pong-v5"  # ALE/*, dm_control/<domain>-<task>-v0, or any gymnasium id (module:Id too)
     env_kwargs: str = "{}"  # arguments for the environment, as JSON
     num_envs: int = 1  # environments stepped together; code: 1
+    vector: Literal["sync", "async"] = "sync"  # environments in this process, or each in a process of its own
     action_repeat: int | None = None  # frames per policy step; Atari 4, dm_control 2, else 1
     atari_protocol: Literal["100k", "200m", "fast"] | None = None  # RGB | gray, sticky, 18 actions | the same, few
     obs: Literal["vector", "image", "both"] | None = None  # own observations, camera, both; dm_control: image, else own
@@ -124,7 +124,6 @@ class Args:
     eval: str | None = None  # run folder or checkpoint to evaluate
     eval_episodes: int = 10  # episodes of --eval
     eval_steps: int = 30_000  # policy steps after which an episode of --eval is cut off
-    dream: str | None = None  # run folder or checkpoint to roll out in imagination, as dream.gif
     track: bool = False  # mirror TensorBoard to Weights & Biases (pip install wandb; WANDB_PROJECT, WANDB_ENTITY)
 
 
@@ -751,7 +750,7 @@ class Replay:
 
 def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "global_step", "updates", "episodic_return", losses and statistics}."""
-    if args.eval is not None or args.dream is not None:
+    if args.eval is not None:
         return show(args)
     saved = None if args.resume is None else load(Path(args.resume) / "checkpoint.pt", need=("args", "agent", "now"))
     args = resolve(inherit(args, args.resume, saved["args"], RESUMED) if saved else args)
@@ -773,8 +772,7 @@ def train(args: Args) -> dict:
     row, stats, began, since = start_row(envs, args.seed + step), {}, time.time(), step
     run_dir, writer = open_run(args, agent, replay, saved)
     rows, replayed = args.batch_length, args.batch_size * args.batch_length  # in a window; by an update
-    often = f"per {args.train_every:g} policy steps: each is replayed {replayed / args.train_every:g} times"
-    print(f"training  an update on {replayed:,} steps {often}; first {args.prefill:,} random ones", flush=True)
+    print(f"training  after {args.prefill:,} random steps: {replayed:,} replayed per {args.train_every:g}", flush=True)
     returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the episodes that go on
     try:
         while step < args.total_timesteps:
@@ -803,15 +801,16 @@ def train(args: Args) -> dict:
 
             done = step >= args.total_timesteps
             if done or time.time() - began > args.log_every:
-                speed = max(1, step - since) / (time.time() - began)
-                charts = {"charts/SPS": speed, "charts/frames": step * args.action_repeat, "charts/updates": updates}
-                for key, value in {**finite(stats), **charts}.items():
+                passed = time.time() - began
+                speed, share = max(1, step - since) / passed, envs.seconds / passed
+                charts = {"charts/SPS": speed, "charts/env_share": share, "charts/frames": step * args.action_repeat}
+                for key, value in {**finite(stats), **charts, "charts/updates": updates}.items():
                     writer.add_scalar(key, value, step)
                 left = int(max(0, args.total_timesteps - step) / speed / 60)  # minutes
-                line = f"step {step:,}/{args.total_timesteps:,}  return {np.mean(recent or [np.nan]):.1f}"
-                line += f"  updates {updates:,}  {speed:.1f} steps/s  left {left // 60}:{left % 60:02} h"
-                print(line, flush=True)
-                began, since = time.time(), step
+                line = f"step {step:,}/{args.total_timesteps:,}  return {np.mean(recent or [np.nan]):.1f}  "
+                line += f"updates {updates:,}  {speed:.1f} steps/s, {share:.0%} in environments  "
+                print(f"{line}left {left // 60}:{left % 60:02} h", flush=True)
+                began, since, envs.seconds = time.time(), step, 0.0
             if done or before // args.checkpoint_every < step // args.checkpoint_every:
                 finite(stats)  # what is broken is not saved
                 now = dict(step=step, updates=updates, first_step=first_step, recent=recent)
@@ -819,15 +818,15 @@ def train(args: Args) -> dict:
                 parts |= {"replay": replay.save(run_dir / "replay"), "args": asdict(args), "source": SOURCE}
                 save(run_dir / "checkpoint.pt", **parts)
                 if replay.windows(rows):
-                    video = open_loop(agent, replay.sample(6, rows))
-                    save_gif(run_dir / "open_loop.gif", video)
-                    writer.add_image("open_loop", video[-1], step, dataformats="HWC")  # the farthest prediction
+                    write_open_loop(agent, replay.sample(6, rows), run_dir, writer, step)
                 writer.flush()
     except Exception as error:
-        raise RuntimeError(f"policy step {step:,}, --resume {run_dir}: {type(error).__name__}: {error}") from error
+        raise RuntimeError(f"policy step {step:,}: {type(error).__name__}: {error}") from error
     finally:
-        writer.close()  # first: the environments of a broken simulator may raise again
-        envs.close()
+        print(f"stopped   at step {step:,}; its last checkpoint goes on by --resume {run_dir}", flush=True)
+        writer.close()
+        with suppress(Exception):  # the environments of a broken simulator may raise again
+            envs.close()
     if not updates:
         fail(f"--total-timesteps {step}: not one update, {run_dir} has learned nothing; allowed: more steps")
     score = float(np.mean(recent or [np.nan]))
@@ -851,22 +850,11 @@ def open_loop(agent, batch):
     return film(torch.cat([picture(obs), model, (model - picture(obs) + 255) / 2], 2), seen)
 
 
-@torch.no_grad()
-def dream(agent, args, steps=64):
-    """Four dreams of the policy, each after one real observation. -> uint8 (1 + steps, H, W, 3)."""
-    envs = make_envs(args.env_id, 4, args.seed, args)
-    state = agent.act(agent.inputs(start_row(envs, args.seed), agent.initial(4)))
-    envs.close()
-    with agent.autocast():
-        feat, _ = agent.rssm.imagine(state, agent.actor.sample, steps)
-        return film(picture(agent.decoder(feat)), seen=1)
-
-
 # === Part 3: plumbing, the same in planet, dreamerv2 and dreamerv3 ====================================================
 
-RESUMED = ("resume", "total_timesteps", "checkpoint_every", "log_every", "device", "track")  # flags beside --resume
-SHOWN = ("eval", "dream", "eval_episodes", "eval_steps", "seed", "device")  # beside --eval and --dream
-OF_A_CALL = dict(resume=None, eval=None, dream=None, device="auto", track=False)  # flags that no run hands on
+RESUMED = ("resume", "total_timesteps", "checkpoint_every", "log_every", "device", "track", "vector")  # beside --resume
+SHOWN = ("eval", "eval_episodes", "eval_steps", "seed", "device")  # beside --eval
+OF_A_CALL = dict(resume=None, eval=None, device="auto", track=False, vector="sync")  # flags that no run hands on
 
 
 class Captured:
@@ -927,6 +915,9 @@ def replay_device(capacity, row_bytes, device):
         device = torch.device("cpu")  # the other half of a GPU's memory is for the networks
     found = re.search(r"MemAvailable: +(\d+)", memory.read_text()) if memory.exists() else None
     free = 1024 * int(found[1]) if found else float("inf")  # where the system does not tell
+    for name in "memory.max", "memory/memory.limit_in_bytes":  # of a container: cgroup v2, v1
+        with suppress(OSError, ValueError):  # no such file; "max" in place of a number
+            free = min(free, int(Path("/sys/fs/cgroup", name).read_text()))
     if device.type == "cpu" and size > free:
         fail(f"--buffer-size {capacity}: takes {size / 2**30:.1f} of {free / 2**30:.1f} free GiB; allowed: fewer rows")
     return device
@@ -991,7 +982,7 @@ def atari_envs(env_id, num_envs, args, **kwargs):
     """ale_py's native vector environment: frame skip, max-pool, no-ops and resize in C++. Rewards are not clipped."""
     import ale_py  # noqa: F401, it registers its games
 
-    assert args.obs != "both", "--obs both; allowed: image, as Atari gives pixels and nothing else"
+    assert args.obs != "both" and args.vector == "sync", "allowed with ALE: --obs image, --vector sync"
     settings = dict(maxpool=True, noop_max=30, episodic_life=False, reward_clipping=False, use_fire_reset=False)
     settings |= ATARI[args.atari_protocol] | kwargs  # without what is fixed below: given twice is an error
     envs = gym.make_vec(env_id, num_envs, frameskip=args.action_repeat, stack_num=1, continuous=False, **settings)
@@ -1009,7 +1000,9 @@ def make_envs(env_id, num_envs, seed, args, evaluation=False):
             envs = atari_envs(env_id, num_envs, args, **kwargs)
         else:
             make, mode = partial(make_env, env_id, args, kwargs, evaluation), gym.vector.AutoresetMode.NEXT_STEP
-            envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
+            spawn = partial(gym.vector.AsyncVectorEnv, context="spawn")  # a forked process may hang in CUDA or OpenGL
+            several = gym.vector.SyncVectorEnv if evaluation or args.vector == "sync" else spawn
+            envs = several([make] * num_envs, autoreset_mode=mode)
             envs._add_info = lambda infos, *_: infos  # nobody reads them, and they need not fit together
         sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
         if len(sizes) > 1 or any(side not in SIDES for size in sizes for side in size):
@@ -1023,8 +1016,8 @@ def make_envs(env_id, num_envs, seed, args, evaluation=False):
 
 
 def start_row(envs, seed):
-    """Reset all environments -> their first rows."""
-    obs, _ = envs.reset(seed=seed)
+    """Reset all environments -> their first rows. envs.seconds: spent in environments, since it was last set to 0."""
+    envs.seconds, (obs, _) = 0.0, envs.reset(seed=seed)
     finite({f"{key} of an environment": np.abs(x).max() for key, x in obs.items()})
     no, yes = np.zeros(envs.num_envs, bool), np.ones(envs.num_envs, bool)
     return {**obs, "reward": np.float32(no), "is_first": yes, "is_last": no, "is_terminal": no}
@@ -1032,7 +1025,9 @@ def start_row(envs, seed):
 
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
+    began = time.perf_counter()
     obs, reward, terminated, truncated, _ = envs.step(action)
+    envs.seconds += time.perf_counter() - began
     finite({f"{key} of an environment": np.abs(x).max() for key, x in {**obs, "reward": np.float32(reward)}.items()})
     ends = {"is_first": row["is_last"], "is_last": terminated | truncated, "is_terminal": terminated}
     return {**obs, **ends, "reward": reward.astype(np.float32)}
@@ -1064,6 +1059,16 @@ def film(video, seen):
     bar = torch.zeros(B, T, 6, W, 3, device=video.device)
     bar[:, :seen, :4, :, 1], bar[:, seen:, :4, :, 0] = 255, 255
     return torch.cat([bar, video], 2).permute(1, 2, 0, 3, 4).flatten(2, 3).to(torch.uint8).cpu().numpy()
+
+
+def write_open_loop(agent, batch, run_dir, writer, step):
+    """open_loop as a GIF and in TensorBoard. Only for the eye: a failure is one line, never the end of a run."""
+    try:
+        video = open_loop(agent, batch)
+        save_gif(run_dir / "open_loop.gif", video)
+        writer.add_image("open_loop", video[-1], step, dataformats="HWC")  # the farthest prediction
+    except Exception as error:
+        warnings.warn(f"open_loop.gif is not of policy step {step:,}: {error}", stacklevel=1)
 
 
 def evaluate(agent, args, episodes, video=None):
@@ -1147,14 +1152,9 @@ def load_agent(path, args=None):
 
 
 def show(args):
-    """--eval or --dream: print the returns, leave a GIF beside the checkpoint."""
-    if [args.resume, args.eval, args.dream].count(None) < 2:
-        fail("--resume --eval --dream: one of them at a time is allowed")
-    path = Path(args.dream if args.eval is None else args.eval)
+    """--eval: print the returns, leave a GIF beside the checkpoint."""
+    path = Path(args.eval)
     folder, (agent, args) = path if path.is_dir() else path.parent, load_agent(path, args)
-    if args.dream is not None:
-        save_gif(folder / "dream.gif", dream(agent, args))
-        return {"run_dir": str(folder)}
     scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")
     print(f"{args.env_id}: mean {np.mean(scores):.4g}, standard deviation {np.std(scores):.4g}; {folder}/eval.gif")
     return {"run_dir": str(folder), "returns": scores}

@@ -10,8 +10,6 @@ is that of the paper, "lecture" the course NPFL139, whose memory game this file 
 
     python merlin.py                                      MERLIN on the memory game with 6 cards, on a CPU in minutes
     python merlin.py --agent rl_mem                       the same memory, trained by reinforcement alone; or rl_lstm
-    python merlin.py --env-id MemoryGame-8-v0             4, 6, 8, ... cards; --env-kwargs '{"image": true}': as pixels
-    python merlin.py --env-id minigrid:MiniGrid-MemoryS11-v0       any other id with Discrete actions; images: 64 x 64
     python merlin.py --resume runs/...                    go on where the last checkpoint stands
     python merlin.py --eval runs/.../checkpoint.pt        play 10 episodes, print the returns, save eval.gif
 
@@ -66,6 +64,7 @@ class Args:
     env_kwargs: str = "{}"  # arguments for the environment, as JSON
     agent: Literal["merlin", "rl_mem", "rl_lstm"] = "merlin"  # the baselines learn by reinforcement alone
     num_envs: int | None = None  # environments stepped together; by --size
+    vector: Literal["sync", "async"] = "sync"  # environments in this process, or each in a process of its own
     action_repeat: int = 1  # frames per policy step
     seed: int = 1  # of weights, sampling and environments
     size: Literal["debug", "small", "paper"] = "small"  # networks, window and rates; small: the memory game on a CPU
@@ -612,15 +611,16 @@ def train(args: Args) -> dict:
 
             done = step >= args.total_timesteps
             if done or time.time() - began > args.log_every:
-                speed = max(1, step - since) / (time.time() - began)
-                charts = {"charts/SPS": speed, "charts/frames": step * args.action_repeat, "charts/updates": updates}
-                for key, value in {**finite(stats), **charts}.items():
+                passed = time.time() - began
+                speed, share = max(1, step - since) / passed, envs.seconds / passed
+                charts = {"charts/SPS": speed, "charts/env_share": share, "charts/frames": step * args.action_repeat}
+                for key, value in {**finite(stats), **charts, "charts/updates": updates}.items():
                     writer.add_scalar(key, value, step)
                 left = int(max(0, args.total_timesteps - step) / speed / 60)  # minutes
-                line = f"step {step:,}/{args.total_timesteps:,}  return {np.mean(recent or [np.nan]):.1f}"
-                line += f"  updates {updates:,}  {speed:.1f} steps/s  left {left // 60}:{left % 60:02} h"
-                print(line, flush=True)
-                began, since = time.time(), step
+                line = f"step {step:,}/{args.total_timesteps:,}  return {np.mean(recent or [np.nan]):.1f}  "
+                line += f"updates {updates:,}  {speed:.1f} steps/s, {share:.0%} in environments  "
+                print(f"{line}left {left // 60}:{left % 60:02} h", flush=True)
+                began, since, envs.seconds = time.time(), step, 0.0
             if done or before // args.checkpoint_every < step // args.checkpoint_every:
                 finite(stats)  # what is broken is not saved
                 now = dict(step=step, updates=updates, recent=recent)
@@ -628,19 +628,21 @@ def train(args: Args) -> dict:
                 save(run_dir / "checkpoint.pt", **parts, args=asdict(args), source=SOURCE)
                 writer.flush()
     except Exception as error:
-        raise RuntimeError(f"policy step {step:,}, --resume {run_dir}: {type(error).__name__}: {error}") from error
+        raise RuntimeError(f"policy step {step:,}: {type(error).__name__}: {error}") from error
     finally:
-        writer.close()  # first: the environments of a broken simulator may raise again
-        envs.close()
+        print(f"stopped   at step {step:,}; its last checkpoint goes on by --resume {run_dir}", flush=True)
+        writer.close()
+        with suppress(Exception):  # the environments of a broken simulator may raise again
+            envs.close()
     score = float(np.mean(recent or [np.nan]))
     return {"run_dir": str(run_dir), "global_step": step, "updates": updates, "episodic_return": score, **finite(stats)}
 
 
 # === Part 3: plumbing =================================================================================================
 
-RESUMED = ("resume", "total_timesteps", "checkpoint_every", "log_every", "device", "track")  # flags beside --resume
-SHOWN = ("eval", "eval_episodes", "eval_steps", "seed", "device")  # flags beside --eval
-OF_A_CALL = dict(resume=None, eval=None, device="auto", track=False)  # flags that no run hands on
+RESUMED = ("resume", "total_timesteps", "checkpoint_every", "log_every", "device", "track", "vector")  # beside --resume
+SHOWN = ("eval", "eval_episodes", "eval_steps", "seed", "device")  # beside --eval
+OF_A_CALL = dict(resume=None, eval=None, device="auto", track=False, vector="sync")  # flags that no run hands on
 
 
 class Captured:
@@ -711,8 +713,6 @@ class MemoryGame(gym.Env):
     steps for each card. Action 0 turns the next card that was never turned (or the last one), action i card i - 1.
     Seen is the card that was turned and its symbol; image: the board of 64 x 64 pixels, with that card open.
     """
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 2}
 
     def __init__(self, cards, image=False):
         if cards < 2 or cards % 2 or cards > 64:
@@ -788,7 +788,8 @@ def adapt(env):
 
 def make_env(env_id, args, kwargs, evaluation):
     """One environment of gymnasium's registry."""
-    env = gym.make(env_id, **kwargs)
+    game = re.fullmatch(r"MemoryGame-(\d+)-v0", env_id)
+    env = MemoryGame(int(game[1]), **kwargs) if game else gym.make(env_id, **kwargs)
     if evaluation:
         env.unwrapped.render_mode = "rgb_array"  # afterwards: a constructor need not know this mode
     env = gym.wrappers.RepeatAction(env, args.action_repeat)
@@ -797,13 +798,12 @@ def make_env(env_id, args, kwargs, evaluation):
 
 def make_envs(env_id, num_envs, seed, args, evaluation=False):
     """-> gymnasium vector environment: Dict observations, NEXT_STEP autoreset, Discrete actions."""
-    game = re.fullmatch(r"MemoryGame-(\d+)-v0", env_id)
-    if game and env_id not in gym.registry:  # not before it is asked for: importing this file registers nothing
-        gym.register(env_id, MemoryGame, kwargs={"cards": int(game[1])})
     try:
         kwargs = dict(json.loads(args.env_kwargs))
         make, mode = partial(make_env, env_id, args, kwargs, evaluation), gym.vector.AutoresetMode.NEXT_STEP
-        envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
+        spawn = partial(gym.vector.AsyncVectorEnv, context="spawn")  # a forked process may hang in CUDA or OpenGL
+        several = gym.vector.SyncVectorEnv if evaluation or args.vector == "sync" else spawn
+        envs = several([make] * num_envs, autoreset_mode=mode)
         envs._add_info = lambda infos, *_: infos  # nobody reads them, and they need not fit together
         sizes = {space.shape[:2] for space in envs.single_observation_space.values() if is_image(space)}
         if sizes - {(64, 64)}:
@@ -816,8 +816,8 @@ def make_envs(env_id, num_envs, seed, args, evaluation=False):
 
 
 def start_row(envs, seed):
-    """Reset all environments -> their first rows."""
-    obs, _ = envs.reset(seed=seed)
+    """Reset all environments -> their first rows. envs.seconds: spent in environments, since it was last set to 0."""
+    envs.seconds, (obs, _) = 0.0, envs.reset(seed=seed)
     finite({f"{key} of an environment": np.abs(x).max() for key, x in obs.items()})
     no, yes = np.zeros(envs.num_envs, bool), np.ones(envs.num_envs, bool)
     return {**obs, "reward": np.float32(no), "is_first": yes, "is_last": no, "is_terminal": no}
@@ -825,7 +825,9 @@ def start_row(envs, seed):
 
 def next_row(envs, action, row):
     """Step all environments -> their next rows. After an is_last row the action is ignored: a new episode begins."""
+    began = time.perf_counter()
     obs, reward, terminated, truncated, _ = envs.step(action)
+    envs.seconds += time.perf_counter() - began
     finite({f"{key} of an environment": np.abs(x).max() for key, x in {**obs, "reward": np.float32(reward)}.items()})
     ends = {"is_first": row["is_last"], "is_last": terminated | truncated, "is_terminal": terminated}
     return {**obs, **ends, "reward": reward.astype(np.float32)}
@@ -931,8 +933,6 @@ def load_agent(path, args=None):
 
 def show(args):
     """--eval: print the returns, leave a GIF beside the checkpoint."""
-    if args.resume is not None:
-        fail("--resume --eval: one of them at a time is allowed")
     path = Path(args.eval)
     folder, (agent, args) = path if path.is_dir() else path.parent, load_agent(path, args)
     scores = evaluate(agent, args, args.eval_episodes, folder / "eval.gif")

@@ -478,16 +478,16 @@ def learn(args):
     run_dir = newest(next(iter(folders.values())))
 
     def after(command):
-        code, seconds, text = run(["dreamerv3.py", *command, "--device", args.device], args.until - 1)
-        note(args, "learn", after=command[0], code=code, seconds=seconds, output=tail(code, text, 8))
+        code, seconds, text = run([*command, "--device", args.device], args.until - 1)
+        note(args, "learn", after=command[1], code=code, seconds=seconds, output=tail(code, text, 8))
         with suppress(OSError):
             shutil.copy(run_dir / "dream.gif", args.out)
 
     with ThreadPoolExecutor(3) as pool:
         pool.submit(safely, show, args, folders)
-        pool.submit(after, ["--dream", run_dir])
+        pool.submit(after, ["results/dream.py", "dreamerv3", run_dir])
         if score:
-            pool.submit(after, ["--eval", run_dir, "--eval-episodes", 4])
+            pool.submit(after, ["dreamerv3.py", "--eval", run_dir, "--eval-episodes", 4])
 
 
 def safely(work, *inputs):

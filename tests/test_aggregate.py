@@ -5,12 +5,11 @@ import pathlib
 import subprocess
 import sys
 
+import aggregate
 import numpy as np
 import pytest
 
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results"
-sys.path.append(str(RESULTS))
-import aggregate  # noqa: E402
 
 
 def published(method):

@@ -9,6 +9,7 @@ import json
 import pathlib
 import shutil
 
+import dream
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -92,10 +93,17 @@ def test_eval_flag(module, run_dir, capsys):
     assert gif(run_dir / "eval.gif")[0] > 50  # equal frames are merged
 
 
-def test_dream_flag(module, run_dir):
-    """--dream leaves a GIF of the policy in imagination; other files stay as they were."""
+def test_one_purpose_at_a_time(module, run_dir, capsys):
+    """--eval beside --resume is refused."""
+    with pytest.raises(SystemExit) as stop:
+        module.train(module.Args(eval=str(run_dir), resume=str(run_dir), device="cpu"))
+    assert stop.value.code == 2 and "--resume" in capsys.readouterr().err
+
+
+def test_dream(module, run_dir):
+    """results/dream.py leaves a GIF of the policy in imagination; other files stay as they were."""
     before = {path.name: path.stat().st_mtime_ns for path in run_dir.iterdir()}
-    module.train(module.Args(dream=str(run_dir), device="cpu"))
+    dream.main(dream.Args(module.__name__, str(run_dir / "checkpoint.pt"), device="cpu", steps=40))
     assert gif(run_dir / "dream.gif")[0] > 16
     assert {path.name: path.stat().st_mtime_ns for path in run_dir.iterdir() if path.name != "dream.gif"} == before
 

@@ -53,8 +53,6 @@ def test_spaces_and_flags(module, tmp_path, capsys):
     root = dict(run_root=str(tmp_path), size="debug")
     refused(module, capsys, "Tiny-multi-v0", "MultiBinary", "allowed", env_id="Tiny-multi-v0", **root)
     refused(module, capsys, "Tiny-sequence-v0", "Sequence", "allowed", env_id="Tiny-sequence-v0", **root)
-    refused(module, capsys, "--resume --eval", resume="a", eval="b", **root)
-    refused(module, capsys, "--eval --dream", dream="a", eval="b", **root)
     refused(module, capsys, "--obs both", "CartPole-v1", env_id="CartPole-v1", obs="both", **root)  # 400 x 600 pixels
     usual = module.resolve(module.Args(env_id="CartPole-v1", size="debug")).atari_protocol
     other = {"100k": "200m", "200m": "100k"}[usual]
@@ -69,10 +67,20 @@ def test_replay_larger_than_memory(module, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_memory_of_the_system(module, monkeypatch):
-    """Where the system does not tell what is free nothing is refused."""
-    monkeypatch.setattr(pathlib.Path, "read_text", lambda self: "MemTotal: 3 kB")
+def test_memory_of_the_system(module, monkeypatch, capsys):
+    """What counts is the smaller of free memory and a container's limit; where neither is told nothing is refused."""
+    told = {"meminfo": "MemTotal: 3 kB", "memory.max": "max\n", "memory.limit_in_bytes": "?"}
+    monkeypatch.setattr(pathlib.Path, "exists", lambda self: True)
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda self: told[self.name])
     assert module.replay_device(10**12, 10**6, torch.device("cpu")) == torch.device("cpu")
+    told["meminfo"] = "MemAvailable: 4194304 kB"
+    assert module.replay_device(3_000, 2**20, torch.device("cpu")) == torch.device("cpu")
+    for name in "memory.max", "memory.limit_in_bytes":
+        monkeypatch.setitem(told, name, str(2**31))
+        with pytest.raises(SystemExit):
+            module.replay_device(3_000, 2**20, torch.device("cpu"))
+        assert "2.9 of 2.0 free GiB" in capsys.readouterr().err
+        monkeypatch.setitem(told, name, "max")
 
 
 def test_run_folder(module, tmp_path, capsys, monkeypatch):

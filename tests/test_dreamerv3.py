@@ -3,8 +3,8 @@
 
 import functools
 import shutil
-import sys
 
+import kernels
 import numpy as np
 import pytest
 import torch
@@ -14,9 +14,6 @@ from helpers import experience, window
 from torch._inductor.utils import run_and_get_code
 
 import dreamerv3 as d3
-
-sys.path.append(str(ROOT / "results"))
-import kernels  # noqa: E402
 
 
 def test_slow_critic_keeps_no_graph():

@@ -7,19 +7,15 @@ TEST_DEVICE=cpu pytest -m gpu tests/test_gpu.py is a dry run, with the stand-in 
 import functools
 import importlib
 import os
-import sys
 
 import graphs
+import kernels
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from helpers import AGENTS, CONTEXT, captured, experience, known, merlin_agent, merlin_window, short, uniform, window
 
-sys.path.append(str(ROOT / "results"))
-import kernels  # noqa: E402
-
-import merlin  # noqa: E402
+import merlin
 
 pytestmark = pytest.mark.gpu
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")

@@ -13,20 +13,18 @@ import struct
 import subprocess
 import sys
 
+import control
+import estimators
 import numpy as np
 import pytest
+import reconstructions
+import table1
 import torch
 import torch.nn.functional as F
 from helpers import Evil, same
 from helpers import gumbel_agent as agent_of
 
 import gumbel_softmax as module
-
-sys.path.append(str(pathlib.Path(module.__file__).parent / "results"))
-import control  # noqa: E402
-import estimators  # noqa: E402
-import reconstructions  # noqa: E402
-import table1  # noqa: E402
 
 F64 = torch.float64
 PATHWISE = list(module.PATHWISE)

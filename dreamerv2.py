@@ -821,7 +821,7 @@ def train(args: Args) -> dict:
                     write_open_loop(agent, replay.sample(6, rows), run_dir, writer, step)
                 writer.flush()
     except Exception as error:
-        raise RuntimeError(f"policy step {step:,}: {type(error).__name__}: {error}") from error
+        raise RuntimeError(f"{run_dir}, policy step {step:,}: {type(error).__name__}: {error}") from error
     finally:
         print(f"stopped   at step {step:,}; its last checkpoint goes on by --resume {run_dir}", flush=True)
         writer.close()
@@ -1127,7 +1127,7 @@ def load(path, need=()):
 
 def inherit(args, path, saved, free):
     """The flags of a run; those in free as given now, where not the default. Any other given one must be as it was."""
-    flags = {**asdict(Args()), **saved, **OF_A_CALL}
+    flags = {**asdict(Args()), **{key: x for key, x in saved.items() if x is not None}, **OF_A_CALL}  # None: not given
     given = {key: value for key, value in asdict(args).items() if value != getattr(Args, key)}
     if flags.keys() != asdict(args).keys():
         fail(f"{path}: its flags are those of another version of this file; allowed: the version stored in it (source)")

@@ -628,7 +628,7 @@ def train(args: Args) -> dict:
                 save(run_dir / "checkpoint.pt", **parts, args=asdict(args), source=SOURCE)
                 writer.flush()
     except Exception as error:
-        raise RuntimeError(f"policy step {step:,}: {type(error).__name__}: {error}") from error
+        raise RuntimeError(f"{run_dir}, policy step {step:,}: {type(error).__name__}: {error}") from error
     finally:
         print(f"stopped   at step {step:,}; its last checkpoint goes on by --resume {run_dir}", flush=True)
         writer.close()

@@ -52,7 +52,7 @@ def simulator_score(env, repeat, to_action):
 def upper_bound(args):
     """args: of planet.py -> the returns of eval_episodes episodes."""
     args = planet.resolve(args)
-    if args.resume or args.eval or args.dream or not args.env_id.startswith("dm_control/"):
+    if args.resume or args.eval or not args.env_id.startswith("dm_control/"):
         planet.fail(f"--env-id {args.env_id}: allowed: dm_control/..., whose state can be copied, and no checkpoint")
     env = planet.make_envs(args.env_id, 1, args.seed, replace(args, obs="vector")).envs[0].unwrapped
     env = planet.gym.wrappers.RepeatAction(env, args.action_repeat)

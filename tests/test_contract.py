@@ -93,13 +93,6 @@ def test_eval_flag(module, run_dir, capsys):
     assert gif(run_dir / "eval.gif")[0] > 50  # equal frames are merged
 
 
-def test_one_purpose_at_a_time(module, run_dir, capsys):
-    """--eval beside --resume is refused."""
-    with pytest.raises(SystemExit) as stop:
-        module.train(module.Args(eval=str(run_dir), resume=str(run_dir), device="cpu"))
-    assert stop.value.code == 2 and "--resume" in capsys.readouterr().err
-
-
 def test_dream(module, run_dir):
     """results/dream.py leaves a GIF of the policy in imagination; other files stay as they were."""
     before = {path.name: path.stat().st_mtime_ns for path in run_dir.iterdir()}
@@ -394,7 +387,7 @@ def test_checkpoints_are_data(module, tmp_path, capsys):
     torch.save({"args": {}, "agent": Evil(tmp_path / "harm")}, tmp_path / "evil.pt")
     (tmp_path / "text.pt").write_text("no checkpoint")
     for path in tmp_path / "evil.pt", tmp_path / "text.pt", tmp_path / "missing.pt", tmp_path:
-        for flag in "eval", "dream", "resume":
+        for flag in "eval", "resume":
             with pytest.raises(SystemExit) as stop:
                 module.train(module.Args(**{flag: str(path)}, device="cpu"))
             error = capsys.readouterr().err
@@ -560,7 +553,7 @@ def test_every_number(name, capsys):
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("flag", ["resume", "eval", "dream"])
+@pytest.mark.parametrize("flag", ["resume", "eval"])
 def test_empty_paths(name, flag, tmp_path, capsys, monkeypatch):
     """An empty path, as of a variable that is not set, is no path: nothing is trained instead."""
     module = importlib.import_module(name)
@@ -596,6 +589,6 @@ def test_resolve(module):
         assert dataclasses.asdict(args) == before and module.resolve(full) == full
         assert full.batch_size == 7 and full.action_repeat == 2
         open_flags = {field.name for field in dataclasses.fields(full) if getattr(full, field.name) is None}
-        assert open_flags <= {"resume", "eval", "dream", "rho"}  # rho: by action space
+        assert open_flags <= {"resume", "eval", "rho"}  # rho: by action space
         for key, value in module.SIZES[size].items():
             assert key == "batch_size" or getattr(full, key) == value

@@ -114,7 +114,7 @@ def test_other_checkpoints(module, run, capsys):
     """
     path, state = run / "checkpoint.pt", module.load(run)
     whole, names = path.read_bytes(), sorted(run.iterdir())
-    for flag in "resume", "eval", "dream":
+    for flag in "resume", "eval":
         path.write_bytes(whole[: len(whole) // 2])
         refused(module, capsys, str(path), **{flag: str(run)})
         module.save(path, **{**state, "args": {**state["args"], "env_id": "Tiny-image-discrete-v0"}})
@@ -122,6 +122,8 @@ def test_other_checkpoints(module, run, capsys):
             module.train(module.Args(**{flag: str(run), "device": "cpu"}))
         module.save(path, **{**state, "args": {**state["args"], "learning_rate_of_old": 1}})
         refused(module, capsys, str(run), "another version", **{flag: str(run)})
+    module.save(path, **{**state, "args": {**state["args"], "flag_of_old": None}})  # not given: it says nothing
+    module.load_agent(run)
     assert sorted(run.iterdir()) == names
     path.write_bytes(whole)
     refused(module, capsys, "--eps 0.5", eval=str(run), eps=0.5)

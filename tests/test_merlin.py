@@ -636,7 +636,6 @@ def test_analysis_of_a_baseline(tmp_path, capsys):
         (dict(env_id="Tiny-sequence-v0"), "Sequence"),
         (dict(device="gpu"), "--device gpu"),
         (dict(eval="nothing.pt"), "nothing.pt"),
-        (dict(resume="a", eval="b"), "--resume --eval"),
         (dict(env_id="ALE/Pong-v5"), "ALE"),
     ],
 )

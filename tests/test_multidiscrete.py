@@ -163,7 +163,7 @@ def test_parts_of_an_action_agree(variant, pair, tmp_path):
     flags = dict(total_timesteps=3000, train_ratio=256, train_every=1, batch_size=16, batch_length=16, warmup=200)
     flags |= dict(learning_rate=1e-3, actor_learning_rate=1e-3, critic_learning_rate=1e-3, checkpoint_every=3000)
     if variant.__name__.startswith("merlin"):
-        flags = dict(total_timesteps=40_000)
+        flags = dict(total_timesteps=80_000)
     result = variant.train(short(variant, "Pair-v0", tmp_path, **flags))
     agent, args = variant.load_agent(result["run_dir"])
     scores = variant.evaluate(agent, args, 20)

@@ -106,6 +106,15 @@ def test_an_interrupted_run_says_how_it_goes_on(module, tmp_path, monkeypatch, c
     assert f"--resume {folder}" in capsys.readouterr().out
 
 
+@agents
+def test_one_purpose_at_a_time(module, tmp_path, capsys):
+    """--eval beside --resume is refused."""
+    run = module.train(running(module, tmp_path))["run_dir"]
+    with pytest.raises(SystemExit) as stop:
+        module.train(module.Args(eval=run, resume=run, device="cpu"))
+    assert stop.value.code == 2 and f"--resume {run}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("module", ["planet", "dreamerv2", "dreamerv3"], indirect=True)
 def test_a_picture_that_fails(module, tmp_path, monkeypatch):
     """One warning; the run goes on to its end, with its checkpoint."""

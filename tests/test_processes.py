@@ -24,8 +24,8 @@ def running(module, root, **flags):
 @agents
 def test_processes_give_the_same_run(module, tmp_path):
     """Equal bit for bit, losses included. No run hands its processes on."""
-    both = TINY.replace("vector", "both")
-    results = [module.train(running(module, tmp_path / v, env_id=both, vector=v, total_timesteps=60)) for v in ("sync", "async")]
+    flags = dict(env_id=TINY.replace("vector", "both"), total_timesteps=60)
+    results = [module.train(running(module, tmp_path / vector, vector=vector, **flags)) for vector in ("sync", "async")]
     for key in results[0].keys() - {"run_dir"}:
         assert results[0][key] == results[1][key], key
     assert module.load_agent(results[1]["run_dir"])[1].vector == "sync"

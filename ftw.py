@@ -248,7 +248,7 @@ class DNC(Nothing):
         link = link + written[:, :, None] * memory["order"][:, None]
         link = link * (1 - torch.eye(link.shape[-1], device=link.device))
         order = (1 - written.sum(-1, keepdim=True)) * memory["order"] + written
-        _, similar = read(M, keys.unflatten(1, (K, W)), 1 + F.softplus(strengths))  # (B, K, R)
+        similar = read(M, keys.unflatten(1, (K, W)), 1 + F.softplus(strengths))[1]  # (B, K, R)
         modes = modes.unflatten(1, (K, 3)).softmax(-1)[..., None]  # (B, K, 3, 1)
         weights = modes[:, :, 0] * (before @ link) + modes[:, :, 1] * similar + modes[:, :, 2] * (before @ link.mT)
         new = {"memory": M, "usage": usage, "link": link, "order": order, "written": written, "read": weights}
@@ -845,14 +845,14 @@ class CaptureTheFlag:
         self.image, self.rng = image, np.random.default_rng(seed)
         self.team = np.repeat([0, 1], players)  # (N) of the players of a board
         self.base = np.array([[size - 2, size // 2], [1, size // 2]])  # (team, 2): row, column
-        self.home = self.base[self.team]  # (N, 2)
+        self.home = self.base[self.team]  # of each player
         random_player = lambda: self.rng.integers([5, 2], size=(games, 2 * players, 2))
         self.scripted = {"random": random_player, "greedy": self.greedy}  # name: () -> actions (G, N, 2)
         numbers = spaces.Box(0, 1, (7 * (2 * view + 1) ** 2 + 3,), np.uint8)
         self.observation_space = spaces.Box(0, 255, (84, 84, 3), np.uint8) if image else numbers
         self.action_space = spaces.MultiDiscrete([5, 2])
         self.g, self.p = np.arange(games)[:, None], np.arange(2 * players)[None]  # index of all players
-        self.ahead = 1 - 2 * self.team  # (N): the second team sees everything turned by half
+        self.ahead = 1 - 2 * self.team  # of each player: the second team sees everything turned by half
 
     def maps(self, density=0.25):
         """Walls (G, M, M): the same after half a turn, every cell within reach of both bases, a border."""
@@ -925,7 +925,7 @@ class CaptureTheFlag:
         self.wait, active = np.where(tagged, self.WAIT, self.wait), active & ~tagged
 
         actors = {}  # kind: (G, 2) who of each team has done it, or -1
-        first = lambda who: np.where(who.any(1), who.argmax(1), -1)  # (G, N) -> (G)
+        first = lambda who: np.where(who.any(1), who.argmax(1), -1)  # of a board, -1 if nobody
         here = active[..., None] & (self.pos[:, :, None] == self.flag[:, None]).all(-1)  # (G, N, flag)
         lies = self.carrier < 0
         returns = here & (lies & ~self.at_home())[:, None] & (team[:, None] == [0, 1])

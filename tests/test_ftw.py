@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import shape_comments
 import torch
 from helpers import gif, same
 from PIL import Image
@@ -621,6 +622,17 @@ def test_run(tmp_path, capsys):
         sum(x) == pytest.approx(1) for x in table.values()
     )
     assert "greedy" in capsys.readouterr().out
+
+
+def test_shape_comments(tmp_path):
+    """Every trailing shape comment holds in real runs, with sizes chosen to be told apart, and each one is reached."""
+    sizes, missed = dict(stoch=6, units=24, rows=11, row_size=5, reads=2, games=3, window=9, rate_every=1), []
+    for flags in dict(), dict(memory="dnc"), dict(env_kwargs=json.dumps({"image": True, "view": 3, "length": 12})):
+        args = short(tmp_path, total_games=3, population=3, **sizes, **flags)
+        check = shape_comments.check(ftw.__file__, lambda args=args: ftw.train(args), {"Z": 6, "U": 24, "E": 24})
+        assert check[0] == [] and len(check[1]) > 20
+        missed.append(check[2])
+    assert set.intersection(*missed) == set()
 
 
 def test_resume_is_exact(tmp_path):

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 
+import ftw_plot
 import numpy as np
 import pytest
 import shape_comments
@@ -622,6 +623,9 @@ def test_run(tmp_path, capsys):
         sum(x) == pytest.approx(1) for x in table.values()
     )
     assert "greedy" in capsys.readouterr().out
+    ftw_plot.main(str(tmp_path / "curve"), result["run_dir"])
+    lines = (tmp_path / "curve.csv").read_text().splitlines()
+    assert [line.split(",")[1] for line in lines] == ["games", "4", "8", "12"] and (tmp_path / "curve.png").exists()
 
 
 def test_shape_comments(tmp_path):

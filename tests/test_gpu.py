@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import AGENTS, CONTEXT, captured, experience, known, merlin_agent, merlin_window, short, uniform, window
 
+import ftw
 import merlin
 
 pytestmark = pytest.mark.gpu
@@ -214,3 +215,36 @@ def test_merlin_on_gpu(agent, tmp_path):
         steps = result["global_step"] + 300
         result = merlin.train(merlin.Args(resume=result["run_dir"], total_timesteps=steps, device=device))
         assert result["global_step"] >= steps and np.isfinite(result["losses/total"])
+
+
+@pytest.mark.parametrize("flags", [dict(), dict(core="flat", memory="dnc"), dict(core="lstm")])
+def test_ftw_graphs_equal_eager(flags):
+    """ftw: captured updates, on another window each, are the eager ones; so is what captured acting does."""
+    args, agents = ftw.resolve(ftw.Args(size="debug", device=DEVICE, bf16=False, **flags)), []
+    game = ftw.make_game(args, 4, 0)
+    for _ in range(2):
+        torch.manual_seed(0)
+        agents.append(ftw.make_population(args, game, np.random.default_rng(0))[0])
+    graph, eager = agents
+    on = graph.device.type == "cuda"
+    update, act = ftw.Captured(graph.update, on), ftw.Captured(graph.act, on)
+    match = ftw.Match(game, [eager], np.zeros((4, 4), int), {0: eager.act})
+    for i in range(8):
+        batch = match.window(8)[0]
+        a, b = ({key: float(x) for key, x in fn(dict(batch)).items()} for fn in (update, eager.update))
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), f"update {i}, captured from 3 on: {key}"
+        inputs = {key: batch[key][:, 0] for key in ("obs", "reward", "ticks")} | match.states[0]
+        states = [fn(inputs)["state/h"].clone() for fn in (act, eager.act)]  # of before the noise of this step
+        assert torch.allclose(*states, rtol=1e-3, atol=1e-3)
+
+
+def test_ftw_on_gpu(tmp_path):
+    """ftw: a run from graphs, with as many places as come; it goes on, on this device and the other."""
+    flags = dict(size="debug", run_root=str(tmp_path), env_kwargs='{"length": 16}', population=5)
+    result = ftw.train(ftw.Args(device=DEVICE, **flags))
+    for device in DEVICE, "cpu":
+        games = result["games"] + 12
+        result = ftw.train(ftw.Args(resume=result["run_dir"], total_games=games, device=device))
+        assert result["games"] == games and np.isfinite(result["losses/total"])
+    assert ftw.train(ftw.Args(eval=result["run_dir"], eval_games=4, device=DEVICE))["table"]

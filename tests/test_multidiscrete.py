@@ -156,12 +156,11 @@ def test_too_many_choices(variant, pair, capsys):
 
 
 @pytest.mark.slow
-@every
+@several("dreamerv3", "merlin")
 def test_parts_of_an_action_agree(variant, pair, tmp_path):
     """Both parts come to name the symbol that is seen: 10 an episode, where chance gives 1.6 and one right part 1."""
     pair(SEVERAL["MultiDiscrete"])
-    flags = dict(total_timesteps=3000, train_ratio=256, train_every=1, batch_size=16, batch_length=16, warmup=200)
-    flags |= dict(learning_rate=1e-3, actor_learning_rate=1e-3, critic_learning_rate=1e-3, checkpoint_every=3000)
+    flags = dict(total_timesteps=3000, train_ratio=256, batch_size=16, batch_length=16, learning_rate=1e-3, warmup=200)
     if variant.__name__.startswith("merlin"):
         flags = dict(total_timesteps=80_000)
     result = variant.train(short(variant, "Pair-v0", tmp_path, **flags))

@@ -163,7 +163,7 @@ def test_parts_of_an_action_agree(variant, pair, tmp_path):
     flags = dict(total_timesteps=3000, train_ratio=256, batch_size=16, batch_length=16, learning_rate=1e-3, warmup=200)
     if variant.__name__.startswith("merlin"):
         flags = dict(total_timesteps=80_000)
-    result = variant.train(short(variant, "Pair-v0", tmp_path, **flags))
+    result = variant.train(short(variant, "Pair-v0", tmp_path, checkpoint_every=3000, **flags))
     agent, args = variant.load_agent(result["run_dir"])
     scores = variant.evaluate(agent, args, 20)
     print(result["episodic_return"], scores)

@@ -590,14 +590,39 @@ def test_copies():
 
 
 def test_evolution_copies_the_better(tmp_path, monkeypatch):
-    """In a run: who would lose to another becomes its copy, with its rating, and mutated; who would not, stays."""
+    """In a run: who would lose to any other becomes a copy, with the rating of the other and mutated genes; who would
+    not, stays.
+    """
     monkeypatch.setattr(ftw, "elo", lambda ratings, *rest: np.array([1400.0, 1000, 1390, 500, 900]))
-    copied = []
-    monkeypatch.setattr(ftw.Agent, "copy", lambda self, other: copied.append((self, other)))
-    result = ftw.train(short(tmp_path, total_games=16, games=4, evolve_every=1))
-    assert copied and len({id(self) for self, _ in copied}) == 1
-    saved = ftw.load(result["run_dir"])["now"]
-    assert saved["ratings"][1] in (1000, 1390, 1400)
+    copied, copy = [], ftw.Agent.copy
+    monkeypatch.setattr(ftw.Agent, "copy", lambda self, other: (copied.append(self), copy(self, other)))
+    saved = ftw.load(ftw.train(short(tmp_path, total_games=16, games=4, evolve_every=1))["run_dir"])
+    assert len(copied) == 4 and len({id(agent) for agent in copied}) == 1  # in each batch, after it has learned
+    assert saved["now"]["ratings"][1] in (1390, 1400)
+    first, mine, third = (part["agent"] for part in saved["agents"])
+    donor = first if saved["now"]["ratings"][1] == 1400 else third
+    same({k: x for k, x in mine.items() if k != "genes"}, {k: x for k, x in donor.items() if k != "genes"})
+    assert (mine["genes"] != donor["genes"]).any() and (mine["genes"] / donor["genes"] - 1).abs().median() < 0.21
+
+
+def test_matches_of_training_are_rated(tmp_path, monkeypatch):
+    """Once for each batch, by its teams and its outcome; rating matches come beside that."""
+    rated, elo = [], ftw.elo
+    monkeypatch.setattr(ftw, "elo", lambda *given: (rated.append(given), elo(*given))[1])
+    ftw.train(short(tmp_path, rate_every=10**6))
+    assert [(teams.shape, outcome.shape) for _, teams, outcome, _ in rated] == [((4, 2, 2), (4,))] * 3
+    rated.clear()
+    ftw.train(short(tmp_path / "more", rate_every=3))
+    assert len(rated) == 3 + 3 * 2  # three agents against two scripted players
+
+
+def test_acting_stores_z():
+    """What was drawn is the newest row of the memory that the next step reads."""
+    game, agent, _ = made()
+    match, _ = window(game, agent, 3)
+    state = match.states[0]
+    assert torch.equal(state["state/memory/memory"][:, 2], state["state/z"])
+    assert not state["state/memory/memory"][:, 3:].any()
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -44,6 +44,8 @@ CPU = {
     "DreamerV2 act, atari-fast, 1 environment": {**FAST, "act": 1},
     "DreamerV2 act, atari-fast, 16 environments": {**FAST, "act": 16},
     **{f"MemoryGame-6-v0, {x}": dict(module="merlin", game=x) for x in ("merlin", "rl_mem", "rl_lstm")},
+    "FTW, the game alone": dict(population=0, games=64),
+    **{f"FTW, {n} in training": dict(population=n, total_games=192) for n in (4, 1)},
     "PlaNet update, 50x50": dict(module="planet"),
     "PlaNet update, 50x50, small, vectors": dict(module="planet", size="small", shape=VECTOR),
     "PlaNet plan, 1 environment": dict(module="planet", shape=VECTOR, act=1),
@@ -71,6 +73,7 @@ GPU |= {f"DreamerV2 act, atari-fast, {n} environments": {**FAST, "act": n} for n
 GPU |= {f"PlaNet plan, {n} environments": dict(module="planet", shape=VECTOR, act=n) for n in (1, 16)}
 GAME = dict(module="merlin", size="paper", env_id="MemoryGame-16-v0", env_kwargs='{"image": true}')
 GPU |= {f"MemoryGame-16-v0 as images, {x}, paper": {**GAME, "game": x} for x in ("merlin", "rl_mem", "rl_lstm")}
+GPU |= {f"FTW, {n} in training": dict(population=n, total_games=20 * 128, games=128) for n in (30, 4)}
 GPU |= {f"act {size}, {n} environments": dict(size=size, act=n) for size in ("12m", "200m") for n in (1, 16)}
 
 
@@ -112,6 +115,31 @@ def profiled(work, wait, cuda, calls):
     return {**numbers, "table": "\n".join(lines)}
 
 
+def matches(device, budget, population, **flags):
+    """ftw.py: steps of all players in a second, of random ones in the game alone, or in a run of a population."""
+    import numpy as np
+
+    import ftw
+
+    if not population:
+        game, rng = ftw.CaptureTheFlag(flags["games"], 0), np.random.default_rng(0)
+        game.reset()
+        actions = rng.integers([5, 2], size=(20, game.games, len(game.team), 2))
+        ms, core = timed(lambda: [game.step(x) for x in actions], lambda: None, budget)
+        steps = actions[..., 0].size
+        return {"agent steps / core s": steps / core, "steps / s": 1000 * steps / ms}
+    flags = {"rate_every": 10**6, "checkpoint_every": 10**9, "log_every": 1e9, **flags}
+    with tempfile.TemporaryDirectory() as root:
+        args = ftw.Args(device=device, population=population, run_root=root, **flags)
+        args.reward = "evolved" if population > 1 else "events"
+        cpu, wall = time.process_time(), time.time()
+        steps = ftw.train(args)["steps"]
+        return {
+            "agent steps / core s": steps / (time.process_time() - cpu),
+            "steps / s": steps / (time.time() - wall),
+        }
+
+
 def measure(
     began,
     device,
@@ -123,6 +151,7 @@ def measure(
     rows=0,
     box=False,
     game=None,
+    population=None,
     through=False,
     compile=False,
     upsample=False,
@@ -132,14 +161,17 @@ def measure(
     """One case -> {column: number}. began: when the process was started.
 
     module: file; shape: of the observation; act, rows, pong, game: time acting in so many environments, a checkpoint of
-    so many rows, a run of Pong, a run of the memory game instead of updates; box: continuous actions; through, compile:
-    see kernels.py; upsample: apart, not folded into convolutions; profile: see above; flags: of the file.
+    so many rows, a run of Pong, a run of the memory game instead of updates; population: a run of ftw.py, with 0 its
+    game alone; box: continuous actions; through, compile: see kernels.py; upsample: apart, not folded into
+    convolutions; profile: see above; flags: of the file.
     """
     import numpy as np
     import torch
     from gymnasium import spaces
 
     module = importlib.import_module(module)
+    if population is not None:
+        return matches(device, budget, population, **flags)
     if game:
         with tempfile.TemporaryDirectory() as root:
             flags = {"total_timesteps": 30_000, "log_every": 1e9, **flags, "agent": game, "run_root": root}

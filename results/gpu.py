@@ -171,6 +171,7 @@ SMOKE = {
     "planet": TOY + "box-v0 --seed-episodes 1 --collect-interval 2",
     "merlin": "--size debug --total-timesteps 600",
     "gumbel_softmax": "--size debug --total-steps 20",
+    "ftw": "--size debug",
 }
 PONG = ["--env-id", "ALE/Pong-v5", "--env-kwargs", '{"max_num_frames_per_episode": 400}']  # episodes of 100 steps
 
@@ -301,6 +302,7 @@ CASES = {  # of bench.py; what matters most comes first. copies: so many process
     "PlaNet update, 50x50": PLANET,
     "PlaNet plan, 1 environment": dict(**PLANET, shape=VECTOR, act=1),
     "MERLIN, 16 cards as images, paper": GAME,
+    "FTW, 30 in training": dict(module="ftw", population=30, games=128, total_games=1280),
     "update 12m, 4 side by side": dict(size="12m", copies=4),
 }
 CPU_CASES = {

@@ -3,6 +3,8 @@
 
 import dataclasses
 import json
+import sys
+import types
 
 import ftw_plot
 import numpy as np
@@ -787,3 +789,78 @@ def test_pictures_can_be_told_apart(tmp_path):
     Image.fromarray(board().render(0)).save(tmp_path / "frame.png")
     colours = {tuple(x) for x in np.asarray(Image.open(tmp_path / "frame.png")).reshape(-1, 3).tolist()}
     assert {(60, 110, 255), (255, 70, 60), (255, 255, 255), (110, 110, 110)} <= colours
+
+
+# --- Melting Pot, without its simulator -------------------------------------------------------------------------------
+
+
+class Substrate:
+    """Four players; what it reports in each step is written here, as the simulator writes it."""
+
+    reported = [
+        [("flag_picked_up", [b"dict", b"player_index", np.array(3.0), b"team", b"red"])],
+        [("zap", [b"dict", b"source", np.array(2.0), b"target", np.array(1.0)])],
+        [
+            ("zap", [b"dict", b"source", np.array(4.0), b"target", np.array(3.0)]),
+            ("zapped_flag_carrier", [b"dict", b"player_index", np.array(4.0)]),
+            ("flag_returned", [b"dict", b"player_index", np.array(2.0), b"team", b"blue"]),
+        ],
+        [("flag_captured", [b"dict", b"player_index", np.array(2.0), b"team", b"blue"])],
+    ]
+
+    def reset(self):
+        self.count = 0
+        return self.row()
+
+    def step(self, action):
+        assert len(action) == 4 and all(type(x) is int and 0 <= x < 9 for x in action)
+        self.count += 1
+        return self.row()
+
+    def row(self):
+        seen = [{"RGB": np.full((88, 88, 3), 10 * self.count + p, np.uint8)} for p in range(4)]
+        return types.SimpleNamespace(observation=seen, last=lambda: self.count == len(self.reported))
+
+    def events(self):
+        return self.reported[self.count - 1]
+
+    def observation(self):
+        return [{"WORLD.RGB": np.zeros((184, 184, 3), np.uint8)}]
+
+
+@pytest.fixture
+def melting_pot(monkeypatch):
+    substrate = types.ModuleType("substrate")
+    substrate.get_config, substrate.build_from_config = lambda name: name, lambda config, roles: Substrate()
+    package = types.ModuleType("meltingpot")
+    package.substrate = substrate
+    for name, module in {"meltingpot": package, "meltingpot.substrate": substrate}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_melting_pot_events(melting_pot):
+    """Each event for each side; a carrier that is tagged counts as such and not twice; the winner."""
+    import melting_pot as wrapper
+
+    game = wrapper.make(2, 0)
+    assert game.events == ftw.EVENTS and np.array_equal(game.signs, ftw.CaptureTheFlag.signs)
+    assert game.reset().shape == (2, 4, 88, 88, 3) and game.team.tolist() == [0, 1, 0, 1]
+    told, outcome = [], None
+    while outcome is None:
+        obs, events, outcome = game.step(game.scripted["random"]())
+        assert (events[0] == events[1]).all()
+        told.append([{name for name, x in zip(game.events, row, strict=True) if x == 1} for row in events[0]])
+        assert set(np.unique(events)) <= {0, 1}
+    assert told[0] == [{"mate picked up"}, {"opponent picked up"}, {"I picked up"}, {"opponent picked up"}]
+    assert told[1] == [{"I was tagged"}, {"I tagged"}, set(), set()]
+    returned = [{"opponent returned"}, {"I returned"}, {"opponent returned"}, {"mate returned"}]
+    returned[2], returned[3] = returned[2] | {"I was tagged carrying"}, returned[3] | {"I tagged a carrier"}
+    assert told[2] == returned
+    assert told[3] == [{"opponent captured"}, {"I captured"}, {"opponent captured"}, {"mate captured"}]
+    assert outcome.tolist() == [0, 0] and obs[1, 3, 0, 0, 0] == 43
+
+
+def test_melting_pot_trains(tmp_path, melting_pot):
+    flags = dict(env_id="melting_pot:make", games=2, total_games=4, population=2, window=4)
+    result = ftw.train(ftw.Args(size="debug", device="cpu", run_root=str(tmp_path), **flags))
+    assert np.isfinite(result["losses/pixel_control"])

@@ -102,6 +102,13 @@ def test_tag():
     assert game.pos[0, 3].tolist() == [2, 4]
 
 
+def test_who_waits_cannot_be_tagged():
+    game = board()
+    put(game, p0=(2, 4), p2=(1, 4), p3=(7, 7))
+    game.wait[:, 2] = 5
+    assert play(game, (0, STAY, 1))[0] == set() and game.wait[0, 2] == 4
+
+
 def test_two_are_tagged_at_once():
     game = board()
     put(game, p0=(4, 4), p1=(7, 7), p2=(3, 3), p3=(5, 4))
@@ -289,6 +296,17 @@ def test_the_slow_unit_keeps_its_state():
     assert torch.equal(still["slow_h"], before["slow_h"]) and (still["h"] != before["h"]).any(-1).all()
 
 
+def test_between_ticks_the_slow_unit_leaves_the_memory_alone():
+    """With a memory that each access writes to: what the slow unit would write between ticks is not there."""
+    game, agent, _ = made(memory="dnc")
+    state = {key: torch.rand_like(x) for key, x in agent.initial(4).items()}
+    given = torch.randn(4, 16), torch.zeros(4), state, torch.randn(4, 8)
+    some, none = torch.tensor([True, False] * 2), torch.zeros(4, dtype=torch.bool)
+    ticked, still = agent.step(*given, some)[2], agent.step(*given, none)[2]
+    for key in ("memory/memory", "memory/usage", "memory/read"):
+        assert torch.equal(ticked[key][~some], still[key][~some]) and (ticked[key] != still[key])[some].any()
+
+
 def test_ticks_come_with_the_period():
     game, agent, _ = made()
     _, batch = window(game, agent, 12)
@@ -362,6 +380,12 @@ def test_a_match_over_is_worth_nothing_more():
     assert not batch["last"].any()
     batch = match.window(6)[0]
     assert batch["last"][:, -1].all() and not batch["last"][:, :-1].any() and batch["last"].shape == (24, 5)
+    agent.value[2].bias.data += 100.0  # what follows is worth much, by the network
+    losses, _ = agent.losses(batch)
+    error = (2 * losses["value"]).sqrt()  # targets fall from 100 * gamma^n to what the last rewards are
+    assert (error[:, -1] > 90).all() and (losses["value"][:, 0] > 4000).all()
+    open_ended, _ = agent.losses({**batch, "last": batch["last"] & False})
+    assert (open_ended["value"] < 200).all()
 
 
 def test_rewards():
@@ -407,6 +431,10 @@ def test_losses_have_their_weights():
     """The total is the sum by genes; a gene of 0 leaves a loss out."""
     game, agent, args = made()
     _, batch = window(game, agent)
+    z, _, _ = agent.unroll(batch)
+    value, discount = agent.value(z)[..., 0].detach(), args.gamma * (1 - batch["last"].float())
+    target, _ = ftw.vtrace(batch["reward"], value, batch["logp"][:, :-1], batch["logp"][:, :-1], discount)
+    assert torch.allclose(agent.losses(batch)[0]["value"], (target - value[:, :-1]).square() / 2, atol=1e-5)
     stats = agent.update(batch)
     scales = {"policy": 1, "value": 0.5} | {
         key: float(agent.gene(key)) for key in ("entropy", "kl", "kl_prior", "reward_prediction")
@@ -585,7 +613,7 @@ def test_copies():
     _, batch = window(game, agent)
     agent.update(batch)
     other.copy(agent)
-    same(other.state_dict(), agent.state_dict())
+    assert same(other.state_dict(), agent.state_dict())
     assert all(torch.equal(x, y) for x, y in zip(other.squares, agent.squares, strict=True)) and other.squares[0].any()
     agent.update(batch)
     assert any((x != y).any() for x, y in zip(other.params, agent.params, strict=True))
@@ -603,7 +631,7 @@ def test_evolution_copies_the_better(tmp_path, monkeypatch):
     assert saved["now"]["ratings"][1] in (1390, 1400)
     first, mine, third = (part["agent"] for part in saved["agents"])
     donor = first if saved["now"]["ratings"][1] == 1400 else third
-    same({k: x for k, x in mine.items() if k != "genes"}, {k: x for k, x in donor.items() if k != "genes"})
+    assert same({k: x for k, x in mine.items() if k != "genes"}, {k: x for k, x in donor.items() if k != "genes"})
     assert (mine["genes"] != donor["genes"]).any() and (mine["genes"] / donor["genes"] - 1).abs().median() < 0.21
 
 
@@ -616,6 +644,9 @@ def test_matches_of_training_are_rated(tmp_path, monkeypatch):
     rated.clear()
     ftw.train(short(tmp_path / "more", rate_every=3))
     assert len(rated) == 3 + 3 * 2  # three agents against two scripted players
+    monkeypatch.setattr(ftw, "elo", lambda ratings, *rest: ratings + 10)
+    saved = ftw.load(ftw.train(short(tmp_path / "pinned", rate_every=1, total_games=4))["run_dir"])
+    assert saved["now"]["ratings"][3] == 500 and saved["now"]["ratings"][4] > 500  # random, greedy
 
 
 def test_acting_stores_z():
@@ -684,7 +715,7 @@ def test_resume_is_exact(tmp_path):
     assert whole["now"] == second["now"] and whole["states"]["rng"] == second["states"]["rng"]
     assert whole["states"]["game"] == second["states"]["game"]
     for a, b in zip(whole["agents"], second["agents"], strict=True):
-        same(a["agent"], b["agent"])
+        assert same(a["agent"], b["agent"])
         assert all(torch.equal(x, y) for x, y in zip(a["squares"], b["squares"], strict=True))
 
 

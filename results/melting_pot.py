@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """DeepMind's Melting Pot as a game for ftw.py: paintball__capture_the_flag, from pixels of 88 x 88.
 
-    PYTHONPATH=results python ftw.py --env-id melting_pot:make --games 2 --total-games 8
+    PYTHONPATH=results python ftw.py --env-id melting_pot:make --games 2 --eval-games 4 --total-games 8
 
 --env-kwargs '{"players": 4}': of each team, 1 to 4; 2 if nothing is said.
 

@@ -80,7 +80,7 @@ class Args:
     eps: float = 1e-10  # of the optimiser, inside the root; paper 1e-5 for sums, where means have smaller gradients
     elo_step: float = 2.0  # points that a match is worth at most
     evolve_every: int | None = None  # matches of an agent between two evolutions of it; paper about 1,000
-    evolve_above: float = 0.7  # win probability of another agent from which on it is copied
+    evolve_above: float = 0.7  # win probability of a team of another agent from which on it is copied
     mutation: float = 0.2  # largest change of a gene, as a share
     mutation_chance: float | None = None  # that a gene changes when an agent is copied; paper 0.05
     rate_every: int | None = None  # batches of matches between two rounds of rating matches
@@ -113,7 +113,7 @@ SIZES = {
 # fmt: on
 GENES = {  # what evolves, with the range of first values, log-uniform; the weights of the events come after these
     "learning_rate": (5e-4, 5e-3),
-    "entropy": (5e-4, 1e-2),  # weights of losses, from here on
+    "entropy": (3e-4, 3e-3),  # weights of losses, from here on
     "kl": (1e-6, 1e-4),
     "kl_prior": (1e-7, 1e-5),
     "pixel_control": (0.01, 0.1),
@@ -718,7 +718,7 @@ def train(args: Args) -> dict:
             # evolution: who would lose to another, drawn at random, becomes its mutated copy
             for i in np.flatnonzero(since >= args.evolve_every) if P > 1 else ():
                 since[i], j = 0, int(rng.choice(np.delete(np.arange(P), i)))
-                if win_probability(ratings[j], ratings[i]) >= args.evolve_above:
+                if win_probability(*(ratings[[j, i]] * len(game.team) / 2)) >= args.evolve_above:  # teams of copies
                     genes = mutate(agents[j].genes.cpu().numpy(), rng, args)
                     agents[i].copy(agents[j])
                     agents[i].genes.copy_(torch.as_tensor(genes))

@@ -623,14 +623,14 @@ def test_evolution_copies_the_better(tmp_path, monkeypatch):
     """In a run: who would lose to any other becomes a copy, with the rating of the other and mutated genes; who would
     not, stays.
     """
-    monkeypatch.setattr(ftw, "elo", lambda ratings, *rest: np.array([1400.0, 1000, 1390, 500, 900]))
+    monkeypatch.setattr(ftw, "elo", lambda ratings, *rest: np.array([1100.0, 1000, 1095, 500, 900]))
     copied, copy = [], ftw.Agent.copy
     monkeypatch.setattr(ftw.Agent, "copy", lambda self, other: (copied.append(self), copy(self, other)))
     saved = ftw.load(ftw.train(short(tmp_path, total_games=16, games=4, evolve_every=1))["run_dir"])
     assert len(copied) == 4 and len({id(agent) for agent in copied}) == 1  # in each batch, after it has learned
-    assert saved["now"]["ratings"][1] in (1390, 1400)
+    assert saved["now"]["ratings"][1] in (1095, 1100)  # a gap of 100: 64% for one, 76% for a team of two
     first, mine, third = (part["agent"] for part in saved["agents"])
-    donor = first if saved["now"]["ratings"][1] == 1400 else third
+    donor = first if saved["now"]["ratings"][1] == 1100 else third
     assert same({k: x for k, x in mine.items() if k != "genes"}, {k: x for k, x in donor.items() if k != "genes"})
     assert (mine["genes"] != donor["genes"]).any() and (mine["genes"] / donor["genes"] - 1).abs().median() < 0.21
 

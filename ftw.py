@@ -474,22 +474,22 @@ class Agent(nn.Module):
         if self.core.kind == "ftw":  # only where the slow unit ticks
             fixed = torch.zeros_like(prior[0]), torch.full_like(prior[1], 0.1)
             losses["kl_prior"] = (kl_gaussian(*prior, *fixed) * batch["ticks"])[:, :-1]
-        losses["reward_prediction"] = self.reward_prediction(embed, batch["reward"])
+        losses["reward_prediction"] = self.reward_prediction(embed, batch["reward"], batch["weight"][:, :1])
         if self.image:
             losses["pixel_control"] = self.pixel_control(z, batch)
         stats = {"value": value, "advantage": advantage.abs(), "reward": batch["reward"][:, 1:]}
         return losses, {f"stats/{key}": x.detach().mean() for key, x in stats.items()}
 
-    def reward_prediction(self, embed, reward):
+    def reward_prediction(self, embed, reward, real):
         """Three embeddings in a row -> is the reward after them none, good or bad? Half of the weight on each of none
-        and some. (B, T+1, E), (B, T+1) -> (B, T), 0 for the first two rows.
+        and some. (B, T+1, E), (B, T+1), real: weight of each place (B, 1) -> (B, T), 0 for the first two rows.
         """
         triples = torch.cat([embed[:, :-3], embed[:, 1:-2], embed[:, 2:-1]], -1)  # (B, T-2, 3*E)
-        reward = reward[:, 3:]  # (B, T-2)
-        label = (reward > 0).long() + 2 * (reward < 0).long()
+        label = reward[:, 3:].sign().long() % 3  # (B, T-2)
         logp = self.sign_of_reward(triples).float().log_softmax(-1)
         some = (label > 0).float()
-        weight = some / some.mean().clamp(min=1e-6) + (1 - some) / (1 - some).mean().clamp(min=1e-6)
+        share = (some * real).mean() / real.mean()
+        weight = some / share.clamp(min=1e-6) + (1 - some) / (1 - share).clamp(min=1e-6)
         loss = -logp.gather(-1, label[..., None])[..., 0] * weight / 2
         return F.pad(loss, (2, 0))
 

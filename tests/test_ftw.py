@@ -443,6 +443,21 @@ def test_losses_have_their_weights():
     assert float(stats["losses/total"]) == pytest.approx(total, rel=1e-4)
 
 
+def test_padded_places_do_not_count():
+    """An update with places of weight 0 is the one without them."""
+    results = []
+    for padded in True, False:
+        game, agent, _ = made()
+        _, batch = window(game, agent)
+        if padded:
+            batch = {key: torch.cat([x, x[:1].expand(5, *x.shape[1:])]) for key, x in batch.items()}
+            batch["weight"][-5:] = 0
+        results.append((agent.update(batch), agent.params))
+    (first, params), (second, others) = results
+    assert all(float(first[key]) == pytest.approx(float(second[key]), rel=1e-4) for key in first if "losses" in key)
+    assert all(torch.allclose(x, y, atol=2e-5) for x, y in zip(params, others, strict=True))
+
+
 def test_rmsprop():
     """By hand, two steps: the first is as long as lr, whatever the gradient."""
     game, agent, args = made()
@@ -482,7 +497,7 @@ def test_reward_prediction():
     torch.manual_seed(2)
     embed, reward = torch.randn(2, 9, 16), torch.zeros(2, 9)
     reward[0, 4], reward[1, 8], reward[1, 1] = 1.0, -2.0, 5.0  # the last: too early to be predicted
-    loss = agent.reward_prediction(embed, reward)
+    loss = agent.reward_prediction(embed, reward, torch.ones(2, 1))
     assert loss.shape == (2, 8) and (loss[:, :2] == 0).all()
     logp = lambda b, t: agent.sign_of_reward(embed[b, t - 3 : t].flatten()).log_softmax(-1)
     none = [-logp(b, t)[0] for b in (0, 1) for t in range(3, 9) if not reward[b, t]]
@@ -557,6 +572,19 @@ def test_dnc():
 
 
 # --- the population ---------------------------------------------------------------------------------------------------
+
+
+def test_links_of_the_dnc():
+    """No row comes after itself; what goes out of a row, and into it, is 1 at most."""
+    _, agent, _ = made(memory="dnc", games=3)
+    dnc, memory = agent.core.memory, {key: torch.zeros(3, *shape) for key, shape in agent.core.memory.shapes.items()}
+    torch.manual_seed(0)
+    for _ in range(20):
+        _, memory = dnc.access(3 * torch.randn(3, 16), memory)
+    link = memory["link"]
+    assert (link.diagonal(dim1=1, dim2=2) == 0).all() and link.max() > 0.01 and link.min() >= -1e-6
+    assert (link.sum(1) <= 1 + 1e-5).all() and (link.sum(2) <= 1 + 1e-5).all()
+    assert (memory["order"].sum(1) <= 1 + 1e-5).all() and (memory["usage"] <= 1 + 1e-5).all()
 
 
 def test_elo():

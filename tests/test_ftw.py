@@ -388,6 +388,14 @@ def test_a_match_over_is_worth_nothing_more():
     assert (open_ended["value"] < 200).all()
 
 
+def test_the_core_sees_rewards_squashed():
+    """tanh: beyond a few it makes no difference, below 1 it does."""
+    _, agent, _ = made()
+    given = agent.initial(2), torch.zeros(2, 8), torch.ones(2, dtype=torch.bool)
+    z = {r: agent.step(torch.ones(2, 16), torch.full((2,), r), *given)[0] for r in (0.1, 0.5, 50.0, 5000.0)}
+    assert torch.equal(z[50.0], z[5000.0]) and (z[0.1] != z[0.5]).all()
+
+
 def test_rewards():
     """w . events with the signs of the game; or the outcome alone, for the winners +1, for the losers -1."""
     game, agent, _ = made()
@@ -441,6 +449,16 @@ def test_losses_have_their_weights():
     }
     total = sum(scale * float(stats[f"losses/{key}"]) for key, scale in scales.items())
     assert float(stats["losses/total"]) == pytest.approx(total, rel=1e-4)
+
+
+def test_the_gradient_is_bounded(monkeypatch):
+    """Its norm over all parameters, at --clip; shorter ones stay as they are."""
+    taken = []
+    monkeypatch.setattr(ftw.Agent, "rmsprop", lambda self, grads: taken.append(torch.stack(torch._foreach_norm(grads))))
+    for clip in 1e6, 1e-3:
+        game, agent, _ = made(clip=clip)
+        norm = agent.update(window(game, agent)[1])["stats/grad_norm"]
+        assert norm > 0.01 and taken[-1].norm().item() == pytest.approx(min(clip, norm.item()), rel=1e-4)
 
 
 def test_padded_places_do_not_count():
@@ -661,6 +679,12 @@ def test_evolution_copies_the_better(tmp_path, monkeypatch):
     donor = first if saved["now"]["ratings"][1] == 1100 else third
     assert same({k: x for k, x in mine.items() if k != "genes"}, {k: x for k, x in donor.items() if k != "genes"})
     assert (mine["genes"] != donor["genes"]).any() and (mine["genes"] / donor["genes"] - 1).abs().median() < 0.21
+
+
+def test_who_could_evolve_waits_again(tmp_path):
+    """Matches since then count from 0, whether it was copied or not."""
+    saved = ftw.load(ftw.train(short(tmp_path, total_games=24, games=4, evolve_every=6))["run_dir"])
+    assert 0 < max(saved["now"]["since"]) < 6
 
 
 def test_matches_of_training_are_rated(tmp_path, monkeypatch):

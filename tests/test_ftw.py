@@ -683,7 +683,7 @@ def test_evolution_copies_the_better(tmp_path, monkeypatch):
 
 def test_who_could_evolve_waits_again(tmp_path):
     """Matches since then count from 0, whether it was copied or not."""
-    saved = ftw.load(ftw.train(short(tmp_path, total_games=24, games=4, evolve_every=6))["run_dir"])
+    saved = ftw.load(ftw.train(short(tmp_path, total_games=20, games=4, evolve_every=6))["run_dir"])
     assert 0 < max(saved["now"]["since"]) < 6
 
 

@@ -603,6 +603,12 @@ def test_links_of_the_dnc():
     assert (link.diagonal(dim1=1, dim2=2) == 0).all() and link.max() > 0.01 and link.min() >= -1e-6
     assert (link.sum(1) <= 1 + 1e-5).all() and (link.sum(2) <= 1 + 1e-5).all()
     assert (memory["order"].sum(1) <= 1 + 1e-5).all() and (memory["usage"] <= 1 + 1e-5).all()
+    dnc.interface.weight.data.zero_()
+    dnc.interface.bias.data.zero_()
+    dnc.interface.bias.data[sum(dnc.parts[:8])] = -100  # nothing is written: what was written last stays so
+    later = dnc.access(torch.zeros(3, 16), memory)[1]
+    assert memory["order"].max() > 0.1 and torch.allclose(later["order"], memory["order"], atol=1e-6)
+    assert torch.allclose(later["link"], link, atol=1e-6) and torch.allclose(later["memory"], memory["memory"])
 
 
 def test_elo():

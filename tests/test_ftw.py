@@ -388,6 +388,17 @@ def test_a_match_over_is_worth_nothing_more():
     assert (open_ended["value"] < 200).all()
 
 
+def test_latents_are_more_than_noise_at_first():
+    """What z says about observations, beside what it draws; deviations of 0.05."""
+    _, agent, _ = made(games=2)
+    unit = agent.core.fast
+    assert unit.mean.weight.std() > 2.5 * unit.std.weight.std()
+    obs = torch.randint(0, 2, (64, 570)).float()
+    state = agent.initial(64)
+    _, out, _ = agent.step(agent.embed(obs), torch.zeros(64), state, torch.zeros(64, 8), torch.ones(64).bool())
+    assert 0.04 < out["std"].mean() < 0.06
+
+
 def test_the_core_sees_rewards_squashed():
     """tanh: beyond a few it makes no difference, below 1 it does."""
     _, agent, _ = made()
@@ -580,6 +591,10 @@ def test_dnc():
     assert memory["memory"].abs().sum(-1).gt(0.5).sum() == 3 and torch.allclose(
         memory["usage"].sum(), torch.tensor(2.0), atol=0.1
     )
+    by_content = dict(key=rows[0], strength=[40.0], allocate=[-30.0], write=[30.0], content=[0.0, 0.0, 0.0, 7.0])
+    for erase, left in (30.0, [0.0, 0.0, 0.0, 7.0]), (-30.0, [1.0, 0.0, 0.0, 7.0]):  # written over, or added to
+        changed = say(memory, **by_content, erase=[erase] * 4)[1]["memory"]
+        assert (changed - torch.tensor(left)).abs().max(-1).values.min() < 0.01
     found, memory = say(memory, keys=rows[0], strengths=[40.0])
     assert torch.allclose(found, torch.tensor([rows[0]]), atol=0.05)
     found, later = say(memory, modes=[0.0, 0.0, 30.0])  # one way along the order, and the other

@@ -552,6 +552,14 @@ def test_pixel_control():
     loss = agent.pixel_control(torch.zeros(1, 4, agent.core.size), batch)
     exact = torch.tensor([1.9**2, 1.0, 0]) / 400 / 2 * 2  # one cell of 400, two parts of an action
     assert torch.allclose(loss[0], exact)
+    agent.pixels.heads[0].bias.data += 5.0  # now it says 5 everywhere
+    for over, last_loss in (
+        (False, 0.5**2),
+        (True, 5.0**2),
+    ):  # targets of the last step: 0.9 * 5, or nothing after an end
+        batch["last"][:, 3] = over
+        loss = agent.pixel_control(torch.zeros(1, 4, agent.core.size), batch)
+        assert loss[0, 2].item() == pytest.approx(last_loss)
 
 
 def test_memory_of_merlin():

@@ -326,6 +326,8 @@ def test_gradient_into_the_slow_unit():
         z, _, _ = agent.unroll(batch)
         grads = torch.autograd.grad(agent.policy[0](z[:, 4]).sum(), slow, allow_unused=True, materialize_grads=True)
         norms[factor] = sum(g.abs().sum().item() for g in grads)  # before the second tick: one way only
+    heads = [agent.core.slow.mean.bias, agent.core.slow.std.bias]  # the prior's mean and deviation are inputs, too
+    assert all(g.any() for g, p in zip(grads, slow, strict=True) if any(p is head for head in heads))
     assert norms[0.0] == 0 and norms[0.5] == pytest.approx(norms[1.0] / 2, rel=1e-4) and norms[1.0] > 0
     losses, _ = agent.losses(batch)
     for key in "kl", "kl_prior":

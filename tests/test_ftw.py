@@ -716,6 +716,8 @@ def test_who_could_evolve_waits_again(tmp_path):
     """Matches since then count from 0, whether it was copied or not."""
     saved = ftw.load(ftw.train(short(tmp_path, total_games=20, games=4, evolve_every=6))["run_dir"])
     assert 0 < max(saved["now"]["since"]) < 6
+    saved = ftw.load(ftw.train(short(tmp_path / "six", total_games=1, games=1, population=6))["run_dir"])
+    assert sorted(saved["now"]["since"]) == [0, 0, 1, 1, 1, 1]  # who did not play counts nothing
 
 
 def test_matches_of_training_are_rated(tmp_path, monkeypatch):

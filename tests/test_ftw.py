@@ -241,6 +241,21 @@ def test_scripted_players():
     assert ftw.duel(game, ["random", "greedy"], {})[0].mean() < 0.05
 
 
+def test_greedy_players_share_their_work():
+    """One runs home with the flag, the other after the own one; without a carrier both run to that of the others."""
+    game = board()
+    put(game, p0=(4, 2), p1=(3, 1), f0=(4, 6))
+    assert game.greedy()[0, 0, 0] in (AHEAD, RIGHT) and game.greedy()[0, 1, 0] in (AHEAD, RIGHT)
+    game.carrier[0, 1], game.flag[0, 1] = 1, [3, 1]
+    assert game.greedy()[0, 0, 0] == RIGHT and game.greedy()[0, 1, 0] in (BACK, RIGHT)
+
+
+def test_best_and_median():
+    ratings = np.array([700.0, 500, 900, 600, 800, 999])  # the last: a scripted player's
+    assert ftw.best_and_median(list("abcde"), ratings) == ["c", "a"]
+    assert ftw.best_and_median(list("abcd"), ratings) == ["c", "d"] and ftw.best_and_median(["a"], ratings) == ["a"] * 2
+
+
 def test_distances():
     game = ftw.CaptureTheFlag(3, 7)
     game.reset()

@@ -171,7 +171,7 @@ SMOKE = {
     "planet": TOY + "box-v0 --seed-episodes 1 --collect-interval 2",
     "merlin": "--size debug --total-timesteps 600",
     "gumbel_softmax": "--size debug --total-steps 20",
-    "ftw": "--size debug",
+    "ftw": "--size debug --total-games 8",
 }
 PONG = ["--env-id", "ALE/Pong-v5", "--env-kwargs", '{"max_num_frames_per_episode": 400}']  # episodes of 100 steps
 

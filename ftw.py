@@ -1046,8 +1046,8 @@ def make_game(args, games, seed):
         module, _, make = args.env_id.partition(":")
         sys.path.insert(0, os.getcwd())
         game = getattr(importlib.import_module(module), make)(games, seed, **kwargs)
-        needed = "games team signs events observation_space action_space reset step".split()
-        assert all(hasattr(game, name) for name in needed), f"a game has {needed}"
+        for name in "games team signs events observation_space action_space reset step".split():
+            assert hasattr(game, name), f"it lacks {name}"
         if not hasattr(game, "scripted"):
             choices, rng = game.action_space.nvec, np.random.default_rng(seed)
             game.scripted = {"random": lambda: rng.integers(choices, size=(games, len(game.team), len(choices)))}

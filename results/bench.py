@@ -115,6 +115,15 @@ def profiled(work, wait, cuda, calls):
     return {**numbers, "table": "\n".join(lines)}
 
 
+def whole_run(module, count, **flags):
+    """A run of a file from start to end -> its steps, of that name in what train returns, in a second."""
+    with tempfile.TemporaryDirectory() as root:
+        cpu, wall = time.process_time(), time.time()
+        steps = module.train(module.Args(run_root=root, **flags))[count]
+        cpu, wall = time.process_time() - cpu, time.time() - wall
+    return {"agent steps / core s": steps / cpu, "steps / s": steps / wall}
+
+
 def matches(device, budget, population, **flags):
     """ftw.py: steps of all players in a second, of random ones in the game alone, or in a run of a population."""
     import numpy as np
@@ -129,15 +138,8 @@ def matches(device, budget, population, **flags):
         steps = actions[..., 0].size
         return {"agent steps / core s": steps / core, "steps / s": 1000 * steps / ms}
     flags = {"rate_every": 10**6, "checkpoint_every": 10**9, "log_every": 1e9, **flags}
-    with tempfile.TemporaryDirectory() as root:
-        args = ftw.Args(device=device, population=population, run_root=root, **flags)
-        args.reward = "evolved" if population > 1 else "events"
-        cpu, wall = time.process_time(), time.time()
-        steps = ftw.train(args)["steps"]
-        return {
-            "agent steps / core s": steps / (time.process_time() - cpu),
-            "steps / s": steps / (time.time() - wall),
-        }
+    reward = "evolved" if population > 1 else "events"
+    return whole_run(ftw, "steps", device=device, population=population, reward=reward, **flags)
 
 
 def measure(
@@ -173,14 +175,8 @@ def measure(
     if population is not None:
         return matches(device, budget, population, **flags)
     if game:
-        with tempfile.TemporaryDirectory() as root:
-            flags = {"total_timesteps": 30_000, "log_every": 1e9, **flags, "agent": game, "run_root": root}
-            cpu, wall = time.process_time(), time.time()
-            steps = module.train(module.Args(device=device, **flags))["global_step"]
-            return {
-                "agent steps / core s": steps / (time.process_time() - cpu),
-                "steps / s": steps / (time.time() - wall),
-            }
+        flags = {"total_timesteps": 30_000, "log_every": 1e9, **flags}
+        return whole_run(module, "global_step", device=device, agent=game, **flags)
     if pong:
         with tempfile.TemporaryDirectory() as root:
             flags |= dict(total_timesteps=340, learning_starts=192, log_every=1e9, run_root=root)

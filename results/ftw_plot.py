@@ -17,7 +17,7 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 GENES = ["learning_rate", "period", "kl", "kl_prior", "I captured", "I picked up", "I tagged"]
-WINDOW = 15  # rating matches of as many rounds in a point of the moving mean
+WINDOW = 15  # records in a point of the moving mean
 
 
 def read(label, run):

@@ -83,5 +83,4 @@ class MeltingPot:
         return np.asarray(self.envs[g].observation()[0]["WORLD.RGB"])
 
 
-def make(games, seed, **kwargs):
-    return MeltingPot(games, seed, **kwargs)
+make = MeltingPot  # of games, seed and what --env-kwargs says

@@ -570,13 +570,10 @@ def test_pixel_control():
     exact = torch.tensor([1.9**2, 1.0, 0]) / 400 / 2 * 2  # one cell of 400, two parts of an action
     assert torch.allclose(loss[0], exact)
     agent.pixels.heads[0].bias.data += 5.0  # now it says 5 everywhere
-    for over, last_loss in (
-        (False, 0.5**2),
-        (True, 5.0**2),
-    ):  # targets of the last step: 0.9 * 5, or nothing after an end
+    for over, target in (False, 0.9 * 5.0), (True, 0.0):  # of the last step: nothing comes after an end
         batch["last"][:, 3] = over
         loss = agent.pixel_control(torch.zeros(1, 4, agent.core.size), batch)
-        assert loss[0, 2].item() == pytest.approx(last_loss)
+        assert loss[0, 2].item() == pytest.approx((target - 5.0) ** 2)
 
 
 def test_memory_of_merlin():
@@ -629,9 +626,6 @@ def test_dnc():
     )
 
 
-# --- the population ---------------------------------------------------------------------------------------------------
-
-
 def test_links_of_the_dnc():
     """No row comes after itself; what goes out of a row, and into it, is 1 at most."""
     _, agent, _ = made(memory="dnc", games=3)
@@ -649,6 +643,9 @@ def test_links_of_the_dnc():
     later = dnc.access(torch.zeros(3, 16), memory)[1]
     assert memory["order"].max() > 0.1 and torch.allclose(later["order"], memory["order"], atol=1e-6)
     assert torch.allclose(later["link"], link, atol=1e-6) and torch.allclose(later["memory"], memory["memory"])
+
+
+# --- the population ---------------------------------------------------------------------------------------------------
 
 
 def test_elo():

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""results/ftw_analyse.py: linear readings where the answer is known, facts and habits on a board set up by hand."""
+"""results/ftw_analyse.py: linear readings where the answer is known, facts and habits on a board set up by hand; the
+cases of results/bench.py that time ftw.py.
+"""
 
 import bench
 import ftw_analyse

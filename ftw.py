@@ -26,10 +26,9 @@ Differs from the paper, on purpose:
 - The memory is that of MERLIN by default, where z is stored and read by content; --memory dnc: as in the paper.
 - Losses are means over rows, where others take sums; the gradient norm is bounded.
 - At first z has a deviation of 0.05 and a mean three times as large, in the place of 0.1 and 1: learning starts sooner.
-- Reward prediction weighs the rows of the window that is learned from (half of the weight on rows with a reward) and
-  samples none from older ones.
-- Elo: after a batch of matches; now and then, rating matches against scripted players, from which nobody learns,
-  anchor it: the random player has 500.
+- Reward prediction is on the window that is learned from: half of the weight on rows with a reward, no older ones.
+- Half of the matches are against the random player: among equals that let nobody pass, none learns to go round walls.
+- Elo: after a batch of matches, and after rating matches from which nobody learns. The random player has 500.
 """
 
 import ctypes
@@ -84,6 +83,7 @@ class Args:
     mutation: float = 0.2  # largest change of a gene, as a share
     mutation_chance: float | None = None  # that a gene changes when an agent is copied; paper 0.05
     rate_every: int | None = None  # batches of matches between two rounds of rating matches
+    random_share: float = 0.5  # share of matches in which one team is the random player; paper 0
     stoch: int | None = None  # Z; paper 256
     units: int | None = None  # U and E, and hidden units of the heads; paper 256
     rows: int | None = None  # R; paper 450
@@ -104,8 +104,8 @@ class Args:
 SIZES = {
     "debug": dict(stoch=8, units=16, rows=8, row_size=8, reads=1, games=4, population=3, window=8, gamma=0.95,
                   total_games=24, checkpoint_every=12, evolve_every=8, mutation_chance=0.5, rate_every=3),
-    "small": dict(stoch=32, units=64, rows=32, row_size=16, reads=1, games=64, population=4, window=16, gamma=0.95,
-                  total_games=24_000, checkpoint_every=2_000, evolve_every=500, mutation_chance=0.3, rate_every=5),
+    "small": dict(stoch=32, units=64, rows=32, row_size=16, reads=1, games=64, population=4, window=16, gamma=0.9,
+                  total_games=24_000, checkpoint_every=2_000, evolve_every=500, mutation_chance=0.3, rate_every=20),
     "paper": dict(stoch=256, units=256, rows=450, row_size=32, reads=4, games=32, population=30, window=100, gamma=0.99,
                   total_games=13_500_000, checkpoint_every=10_000, evolve_every=1_000, mutation_chance=0.05,
                   rate_every=100),
@@ -129,8 +129,8 @@ def resolve(args: Args) -> Args:
     preset = SIZES[args.size]
     args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
     for name, value in asdict(args).items():
-        least = 0 if name in ("seed", "log_every", "value_scale", "mutation", "elo_step") else 1e-12
-        most = 1 if name in ("gamma", "decay", "mutation_chance", "evolve_above", "mutation") else 2**31
+        least = 0 if name in ("seed", "log_every", "value_scale", "mutation", "elo_step", "random_share") else 1e-12
+        most = 1 if name in "gamma decay mutation mutation_chance evolve_above random_share".split() else 2**31
         if type(value) in (int, float) and not least <= value <= most:
             fail(f"--{name.replace('_', '-')} {value}: allowed: {'more than 0' if least else '0 or more'}, to {most:g}")
     if args.population == 1 and args.reward == "evolved":
@@ -571,8 +571,7 @@ def elo(ratings, teams, outcome, step):
     strength = ratings[teams].sum(-1)  # (G, 2)
     gain = step * (outcome - win_probability(strength[:, 0], strength[:, 1]))  # (G)
     new = ratings.copy()
-    np.add.at(new, teams[:, 0], gain[:, None])
-    np.add.at(new, teams[:, 1], -gain[:, None])
+    np.add.at(new, teams, np.stack([gain, -gain], 1)[..., None])
     return new
 
 
@@ -584,9 +583,8 @@ def make_matches(ratings, games, places, rng):
     for g in range(games):
         chosen = [int(rng.integers(len(ratings)))]
         while len(chosen) < places:
-            again = len(chosen) >= len(ratings)  # all are in it
             odds = np.exp(-0.5 * ((win_probability(ratings[chosen[0]], ratings) - 0.5) * 6) ** 2) + 1e-9
-            odds[[] if again else chosen] = 0
+            odds[chosen if len(chosen) < len(ratings) else []] = 0  # else all are in it
             chosen.append(int(rng.choice(len(ratings), p=odds / odds.sum())))
         matches[g] = rng.permutation(chosen)
     return matches
@@ -696,7 +694,9 @@ def train(args: Args) -> dict:
         while now["games"] < args.total_games:
             # matches of agents that are about as strong; each learns from all of its places
             who = make_matches(ratings[:P], args.games, len(game.team), rng)  # (G, N)
-            match = Match(game, agents, who, {p: act[p] for p in range(P) if (who == p).any()})
+            weak, side = rng.random((args.games, 1)) < args.random_share, rng.integers(2, size=(args.games, 1))
+            who[weak & (game.team == side)] = P  # a team of the random player
+            match = Match(game, [*agents, *scripted], who, {p: act[p] for p in range(P) if (who == p).any()})
             while match.outcome is None:
                 for p, batch in match.window(args.window).items():
                     stats[p] = update[p](batch)
@@ -713,7 +713,8 @@ def train(args: Args) -> dict:
                 outcome, rated = duel(game, [agents[p], scripted[s]], {0: act[p]})
                 teams = np.where(rated.who == 0, p, P + s)
                 ratings = elo(ratings, in_teams(teams, game), rated.outcome, args.elo_step)
-                ratings[P], wins[p, s] = 500, outcome.mean()
+                wins[p, s] = outcome.mean()
+            ratings[P] = 500
 
             # evolution: who would lose to another, drawn at random, becomes its mutated copy
             for i in np.flatnonzero(since >= args.evolve_every) if P > 1 else ():
@@ -945,9 +946,8 @@ class CaptureTheFlag:
         self.flag = np.where(captured[:, ::-1, None], self.base, self.flag)
         for i, kind in enumerate(("captured", "picked up", "returned")):
             own, theirs = actors[kind][:, team], actors[kind][:, other]  # (G, N)
-            events[..., 3 * i] = own == self.p
-            events[..., 3 * i + 1] = (own >= 0) & (own != self.p)
-            events[..., 3 * i + 2] = theirs >= 0
+            by = own == self.p, (own >= 0) & (own != self.p), theirs >= 0  # me, a mate, an opponent
+            events[..., 3 * i : 3 * i + 3] = np.stack(by, -1)
         over = self.count == self.length
         outcome = 0.5 + 0.5 * np.sign(self.score[:, 0] - self.score[:, 1]) if over else None
         return self.observe(), events, outcome

@@ -742,8 +742,29 @@ def test_matches_of_training_are_rated(tmp_path, monkeypatch):
     ftw.train(short(tmp_path / "more", rate_every=3))
     assert len(rated) == 3 + 3 * 2  # three agents against two scripted players
     monkeypatch.setattr(ftw, "elo", lambda ratings, *rest: ratings + 10)
-    saved = ftw.load(ftw.train(short(tmp_path / "pinned", rate_every=1, total_games=4))["run_dir"])
-    assert saved["now"]["ratings"][3] == 500 and saved["now"]["ratings"][4] > 500  # random, greedy
+    for rate_every in (1, 10**6):  # pinned after rating matches, and after those of training alone
+        flags = dict(rate_every=rate_every, total_games=4)
+        saved = ftw.load(ftw.train(short(tmp_path / f"pinned{rate_every}", **flags))["run_dir"])
+        assert saved["now"]["ratings"][3] == 500 and saved["now"]["ratings"][4] > 500  # random, greedy
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_matches_against_the_random_player(tmp_path, monkeypatch, share):
+    """In --random-share of the matches of training one team, of either side, is the random player's, which others learn
+    from and which is rated; in the rest there are agents alone.
+    """
+    seen, match = [], ftw.Match
+    watched = lambda game, players, who, act: (seen.append((players, who, act)), match(game, players, who, act))[1]
+    monkeypatch.setattr(ftw, "Match", watched)
+    flags = dict(random_share=share, games=40, total_games=40, rate_every=10**6, population=3)
+    ftw.train(short(tmp_path, **flags))
+    players, who, act = seen[0]
+    assert players[3:] == ["random", "greedy"] and set(act) == {0, 1, 2}
+    random_player = who.reshape(40, 2, 2) == 3  # teams stand in order
+    whole = random_player.all(-1)  # (matches, team)
+    assert (random_player.any(-1) == whole).all() and not whole.all(1).any() and who.max() <= 3
+    assert whole.any(1).mean() == share if share in (0, 1) else 0.25 < whole.any(1).mean() < 0.75
+    assert share == 0 or whole[:, 0].any() and whole[:, 1].any()
 
 
 def test_acting_stores_z():

@@ -21,7 +21,7 @@ A row of experience holds obs_t, the events that came with it, and the action ch
 row t sees obs[t], its own reward for the events of row t, and action[t-1]. All games of a batch begin and end together.
 
 Differs from the paper, on purpose:
-- A game of our own on small boards in the place of Quake III Arena, and four agents in the place of 30: minutes.
+- A game of our own on small boards in the place of Quake III Arena; four agents, alike at first, in the place of 30.
 - Matches are played in batches, and each agent learns from its places in all of them, synchronously.
 - The memory is that of MERLIN by default, where z is stored and read by content; --memory dnc: as in the paper.
 - Losses are means over rows, where others take sums; the gradient norm is bounded.
@@ -74,7 +74,7 @@ class Args:
     log_every: float = 10.0  # seconds between progress lines
     gamma: float | None = None  # discount; paper 0.99
     value_scale: float = 0.5  # of the baseline's loss
-    clip: float = 10.0  # largest gradient norm
+    clip: float = 0.2  # largest gradient norm
     decay: float = 0.99  # of the mean square of gradients
     eps: float = 1e-10  # of the optimiser, inside the root; paper 1e-5 for sums, where means have smaller gradients
     elo_step: float = 2.0  # points that a match is worth at most
@@ -112,8 +112,8 @@ SIZES = {
 }
 # fmt: on
 GENES = {  # what evolves, with the range of first values, log-uniform; the weights of the events come after these
-    "learning_rate": (5e-4, 5e-3),
-    "entropy": (3e-4, 3e-3),  # weights of losses, from here on
+    "learning_rate": (1e-3, 2e-3),
+    "entropy": (7e-4, 2e-3),  # weights of losses, from here on
     "kl": (1e-6, 1e-4),
     "kl_prior": (1e-7, 1e-5),
     "pixel_control": (0.01, 0.1),
@@ -121,7 +121,7 @@ GENES = {  # what evolves, with the range of first values, log-uniform; the weig
     "slow_gradient": (0.1, 1.0),  # factor on the gradient from the fast to the slow unit
     "period": (5, 20),  # tau, steps between two of the slow unit: a whole number, uniform
 }
-WEIGHTS = (0.1, 1.0)  # range of |w|
+WEIGHTS = (0.2, 0.5)  # of w, times the points of the game
 
 
 def resolve(args: Args) -> Args:
@@ -376,9 +376,9 @@ def vtrace(reward, value, logp, logp_then, discount):
 
 
 class Agent(nn.Module):
-    """One of the population: networks, optimiser and genes. Its rewards: w . events, where w are genes, too."""
+    """One of the population: networks, optimiser and genes. Its rewards: w . points . events; w are genes, too."""
 
-    def __init__(self, obs_space, action_space, signs, args):
+    def __init__(self, obs_space, action_space, points, args):
         super().__init__()
         self.args, self.device = args, pick_device(args)
         self.parts = action_space.nvec.tolist()  # choices of each part of an action
@@ -392,9 +392,9 @@ class Agent(nn.Module):
         self.value = mlp(self.core.size, args.units, 1)
         self.sign_of_reward = mlp(3 * args.units, min(128, args.units), 3)  # UNREAL's reward prediction
         self.pixels = PixelControl(self.core.size, self.parts) if self.image else None
-        self.register_buffer("genes", torch.zeros(len(GENES) + len(signs)))
+        self.register_buffer("genes", torch.zeros(len(GENES) + len(points)))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))  # updates so far
-        self.register_buffer("signs", torch.as_tensor(signs))
+        self.register_buffer("points", torch.as_tensor(points))
         self.to(self.device)
         self.params = list(self.parameters())
         self.squares = [torch.zeros_like(p) for p in self.params]  # RMSProp
@@ -405,7 +405,7 @@ class Agent(nn.Module):
 
     def rewards(self, events, won):
         """(B, X) counts, won (B): +1 or -1 at the end of a match, else 0 -> rewards (B)."""
-        return won if self.args.reward == "outcome" else events @ (self.genes[len(GENES) :] * self.signs)
+        return won if self.args.reward == "outcome" else events @ (self.genes[len(GENES) :] * self.points)
 
     def initial(self, B):
         """State of B places before a match: zeros. The slow unit ticks before anything reads its prior."""
@@ -607,8 +607,8 @@ class Match:
                 self.states[p] = {f"state/{key}": x for key, x in players[p].initial(len(place[0])).items()}
             self.places[p] = place
         self.obs, self.step, self.outcome = game.reset(), 0, None
-        self.events = np.zeros((*who.shape, len(game.signs)), np.float32)  # of the last step
-        self.totals = np.zeros((len(players), len(game.signs)))  # of events, of each player
+        self.events = np.zeros((*who.shape, len(game.points)), np.float32)  # of the last step
+        self.totals = np.zeros((len(players), len(game.points)))  # of events, of each player
 
     def row(self, p):
         """What agent p sees now: {"obs", "reward", "ticks", "last", "weight"}, each (B, ...)."""
@@ -836,7 +836,7 @@ class CaptureTheFlag:
 
     COOLDOWN, WAIT = 4, 10
     MOVES = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]])
-    signs = np.float32([1, 1, -1] * 3 + [1, 1, -1, -1])  # of EVENTS: what is good for a team
+    points = np.float32([3, 3, -3, 1, 1, -1, 1, 1, -1, 1, 1, -0.25, -1])  # of EVENTS: what each is worth to a player
     events = EVENTS
 
     def __init__(self, games, seed, players=2, size=9, view=4, length=128, image=False):
@@ -1046,7 +1046,7 @@ def make_game(args, games, seed):
         module, _, make = args.env_id.partition(":")
         sys.path.insert(0, os.getcwd())
         game = getattr(importlib.import_module(module), make)(games, seed, **kwargs)
-        for name in "games team signs events observation_space action_space reset step".split():
+        for name in "games team points events observation_space action_space reset step".split():
             assert hasattr(game, name), f"it lacks {name}"
         if not hasattr(game, "scripted"):
             choices, rng = game.action_space.nvec, np.random.default_rng(seed)
@@ -1059,9 +1059,9 @@ def make_game(args, games, seed):
 
 def make_population(args, game, rng):
     """-> agents with first genes; one alone has those of the middle."""
-    agents = [Agent(game.observation_space, game.action_space, game.signs, args) for _ in range(args.population)]
+    agents = [Agent(game.observation_space, game.action_space, game.points, args) for _ in range(args.population)]
     for agent in agents:
-        genes = first_genes(len(game.signs), rng, middle=len(agents) == 1)
+        genes = first_genes(len(game.points), rng, middle=len(agents) == 1)
         if args.reward != "evolved":  # the same for all, and for ever
             genes[len(GENES) :] = np.exp(np.log(WEIGHTS).mean())
         agent.genes.copy_(torch.as_tensor(genes))

@@ -24,7 +24,7 @@ KINDS = {"flag_captured": 0, "flag_picked_up": 3, "flag_returned": 6}
 class MeltingPot:
     """G games of 2 * players each: the first player is red, the second blue, and so on."""
 
-    signs = np.float32([1, 1, -1] * 3 + [1, 1, -1, -1])
+    points = np.float32([3, 3, -3, 1, 1, -1, 1, 1, -1, 1, 1, -0.25, -1])
     events = EVENTS
     observation_space, action_space = spaces.Box(0, 255, (88, 88, 3), np.uint8), spaces.MultiDiscrete([9])
 

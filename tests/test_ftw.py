@@ -425,12 +425,19 @@ def test_the_core_sees_rewards_squashed():
 
 
 def test_rewards():
-    """w . events with the signs of the game; or the outcome alone, for the winners +1, for the losers -1."""
+    """w . points . events; or the outcome alone, for the winners +1, for the losers -1."""
     game, agent, _ = made()
     w = agent.genes[len(ftw.GENES) :]
-    assert (w >= 0.1).all() and (w <= 1).all() and len(w) == 13
+    assert (w >= ftw.WEIGHTS[0]).all() and (w <= ftw.WEIGHTS[1]).all() and len(w) == 13
+    points = dict(zip(game.events, game.points.tolist(), strict=True))  # good and bad for a team
+    assert {name for name, x in points.items() if x < 0} == {
+        *(f"opponent {x}" for x in ("captured", "picked up", "returned")),
+        "I was tagged",
+        "I was tagged carrying",
+    }
+    assert points["I captured"] == points["mate captured"] == -points["opponent captured"] == 3
     events = torch.eye(13)
-    assert torch.equal(agent.rewards(events, torch.zeros(13)), w * torch.as_tensor(game.signs))
+    assert torch.equal(agent.rewards(events, torch.zeros(13)), w * torch.as_tensor(game.points))
     game, agent, _ = made(reward="outcome", env_kwargs='{"length": 5}')
     match, _ = window(game, agent, 4)
     game.score[:] = [1, 0]
@@ -865,7 +872,7 @@ from gymnasium import spaces
 
 class Guess:
     observation_space, action_space = spaces.Box(-1, 1, (2,), np.float32), spaces.MultiDiscrete([3])
-    team, signs, events = np.array([0, 1]), np.float32([1, -1]), ["right", "wrong"]
+    team, points, events = np.array([0, 1]), np.float32([1, -1]), ["right", "wrong"]
 
     def __init__(self, games, seed):
         self.games = games
@@ -906,6 +913,7 @@ def test_a_game_of_ones_own(tmp_path, monkeypatch):
         (dict(env_kwargs='{"image": true}'), "view"),
         (dict(env_id="nothing:make"), "--env-id nothing:make"),
         (dict(gamma=1.5), "--gamma 1.5"),
+        (dict(random_share=-0.1), "--random-share -0.1: allowed: 0 or more, to 1"),
         (dict(population=1), "--reward evolved"),
         (dict(device="gpu"), "--device gpu"),
         (dict(eval="nothing.pt"), "nothing.pt"),
@@ -1002,7 +1010,7 @@ def test_melting_pot_events(melting_pot):
     import melting_pot as wrapper
 
     game = wrapper.make(2, 0)
-    assert game.events == ftw.EVENTS and np.array_equal(game.signs, ftw.CaptureTheFlag.signs)
+    assert game.events == ftw.EVENTS and np.array_equal(game.points, ftw.CaptureTheFlag.points)
     assert game.reset().shape == (2, 4, 88, 88, 3) and game.team.tolist() == [0, 1, 0, 1]
     told, outcome = [], None
     while outcome is None:

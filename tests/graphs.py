@@ -48,6 +48,22 @@ class Graph(TorchDispatchMode):
         self.operations.append((func, args, kwargs, out))
         return out
 
+    def capture_begin(self, pool=None, capture_error_mode="global"):
+        assert capture_error_mode == "thread_local"
+        self.random = torch.get_rng_state()
+        self.__enter__()
+
+    def capture_end(self):
+        """Nothing has happened then, neither to tensors nor to the random state."""
+        self.__exit__(None, None, None)
+        for storage, values in self.before.values():
+            storage.copy_(values)
+        torch.set_rng_state(self.random)
+        Graph.captured += 1
+
+    def pool(self):
+        return None
+
     @torch.no_grad()
     def replay(self):
         for func, args, kwargs, out in self.operations:
@@ -58,22 +74,22 @@ class Graph(TorchDispatchMode):
 
 @contextlib.contextmanager
 def capture(graph, stream=None, capture_error_mode="global"):
-    """torch.cuda.graph: nothing has happened when it is left, neither to tensors nor to the random state."""
-    assert stream is not None and capture_error_mode == "thread_local"
-    random = torch.get_rng_state()
-    with graph:
+    """torch.cuda.graph."""
+    assert stream is not None
+    graph.capture_begin(capture_error_mode=capture_error_mode)
+    try:
         yield
-    for storage, values in graph.before.values():
-        storage.copy_(values)
-    torch.set_rng_state(random)
-    Graph.captured += 1
+    except Exception as error:
+        graph.__exit__(type(error), error, error.__traceback__)
+        raise
+    graph.capture_end()
 
 
 def install(monkeypatch, *modules):
     """From here on Captured of these modules captures on the CPU, unless --no-cuda-graph is given."""
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
     fakes = dict(Stream=lambda: stream, current_stream=lambda: stream, stream=contextlib.nullcontext)
-    fakes |= dict(CUDAGraph=Graph, graph=capture, manual_seed=torch.manual_seed)
+    fakes |= dict(CUDAGraph=Graph, graph=capture, manual_seed=torch.manual_seed, synchronize=lambda: None)
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     adam = importlib.import_module("torch.optim.adam")  # torch.optim deletes the name

@@ -7,6 +7,9 @@ TEST_DEVICE=cpu pytest -m gpu tests/test_gpu.py is a dry run, with the stand-in 
 import functools
 import importlib
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import graphs
 import kernels
@@ -248,3 +251,31 @@ def test_ftw_on_gpu(tmp_path):
         result = ftw.train(ftw.Args(resume=result["run_dir"], total_games=games, device=device))
         assert result["games"] == games and np.isfinite(result["losses/total"])
     assert ftw.train(ftw.Args(eval=result["run_dir"], eval_games=4, device=DEVICE))["table"]
+
+
+def test_ranks(tmp_path):
+    """results/ranks.py, one rank: its updates, captured in pieces, give the weights of eager ones."""
+    saved, root = {}, Path(__file__).parent.parent
+    fixed = f"--env-id toy_envs:Tiny-both-discrete-v0 --size debug --device {DEVICE} --no-bf16 --total-timesteps 120"
+    fixed += " --batch-size 4 --batch-length 8 --learning-starts 20"
+    for flag in "--no-cuda-graph", "--cuda-graph":
+        out = str(tmp_path / flag[2:])
+        start = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "tests/ranks_run.py",
+            out,
+            "dreamerv3.py",
+        ]
+        flags = [*fixed.split(), "--run-root", out, flag]
+        environ = {**os.environ, "GRAPHS": "1" if DEVICE == "cpu" and flag == "--cuda-graph" else ""}
+        environ["PYTHONPATH"] = os.pathsep.join(["tests", os.environ.get("PYTHONPATH", "")])
+        result = subprocess.run([*start, *flags], cwd=root, env=environ, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-3000:]
+        state = torch.load(next(Path(out).glob("*/checkpoint.pt")), map_location="cpu")
+        saved[flag] = torch.cat([x.flatten().float() for x in state["agent"].values()])
+        assert state["now"]["updates"] >= 6
+    eager, pieces = saved.values()
+    assert (eager - pieces).norm() < 1e-3 * eager.norm()

@@ -5,7 +5,8 @@ RUN: run folder or checkpoint, of the game of ftw.py. The best agent plays again
 Knows, after the paper's Figure 4: logistic regressions that read facts off the latents and, for comparison, off the
 observation; the area under the ROC curve (0.5: chance, 1: always right) on the second half of the matches. Some facts
 lie in the observation as they are (the agent's own lamps); others a linear reading of it cannot give, or nothing can.
-Does: shares of the steps in which it is on the board, beside those of the scripted players.
+Does: shares of the steps in which it is on the board, beside those of the scripted players; and how often it wins, by
+the length of the way between the bases: does it go round walls?
 """
 
 import sys
@@ -92,6 +93,12 @@ def watch(game, pair, act):
     return {name: np.stack([step[name] for step in record]) for name in record[0]}
 
 
+def ways(game):
+    """Steps of the shortest way between the bases of the present boards -> (G)."""
+    start, end = game.base @ [game.size, 1]
+    return game.distances()[:, start, end].copy()
+
+
 def area(scores, truth):
     """Under the ROC curve: how often a true case scores higher than a false one; ties count half."""
     yes, ranks = truth.sum(), rankdata(scores)
@@ -144,6 +151,12 @@ def main(options):
     for habit in habits(game):
         shares = [x[habit][x["here"]].mean() for x in players.values()]
         print(f"{habit:42}" + "".join(f"{share:13.1%}" for share in shares))
+    print("\nwins of the best agent, by steps between the bases")
+    for name in game.scripted:
+        outcome, _ = ftw.duel(game, [best, name], {0: best.act})
+        steps = ways(game)  # of the boards that were just played
+        shares = [f"{n}: {(outcome[steps == n] == 1).mean():.0%} of {(steps == n).sum()}" for n in np.unique(steps)]
+        print(f"{name:10}" + "   ".join(shares))
 
 
 if __name__ == "__main__":

@@ -53,9 +53,19 @@ def test_facts_and_habits():
     assert told["an opponent is near"] == [False, False, True, False] and not any(told["beside a mate"][:1])
 
 
+def test_ways():
+    """Straight on, as many steps as rows between the bases; round a wall, two more."""
+    game = ftw.CaptureTheFlag(2, 0)
+    game.reset()
+    game.walls[:] = True
+    game.walls[:, 1:-1, 1:-1] = False
+    game.walls[1, 4, :5] = True  # the middle of its row and all that is left of it
+    assert ftw_analyse.ways(game).tolist() == [6, 8]
+
+
 @pytest.mark.parametrize("core", ["ftw", "flat", "lstm"])
 def test_analysis(tmp_path, capsys, core):
-    """From a run folder to both tables."""
+    """From a run folder to all three tables."""
     flags = dict(size="debug", device="cpu", total_games=4, core=core, run_root=str(tmp_path))
     run = ftw.train(ftw.Args(**flags))["run_dir"]
     capsys.readouterr()
@@ -66,8 +76,10 @@ def test_analysis(tmp_path, capsys, core):
         "flat": ["observation", "z", "h"],
         "lstm": ["observation", "h"],
     }
-    assert told[0].split()[-len(sources[core]) - 1 :] == ["share", *sources[core]] and len(told) == 14
-    assert told[1].startswith("I carry the flag") and told[-1].startswith("carrying") and "%" in told[-1]
+    assert told[0].split()[-len(sources[core]) - 1 :] == ["share", *sources[core]] and len(told) == 18
+    assert told[1].startswith("I carry the flag") and told[13].startswith("carrying") and "%" in told[13]
+    boards = [sum(int(x.split(" of ")[1].split()[0]) for x in line.split("%")[1:]) for line in told[16:]]
+    assert [line.split()[0] for line in told[16:]] == ["random", "greedy"] and boards == [4, 4]
 
 
 @pytest.mark.parametrize("population", [0, 1, 3])

@@ -21,7 +21,7 @@ A row of experience holds obs_t, the events that came with it, and the action ch
 row t sees obs[t], its own reward for the events of row t, and action[t-1]. All games of a batch begin and end together.
 
 Differs from the paper, on purpose:
-- A game of our own on small boards in the place of Quake III Arena; four agents, alike at first, in the place of 30.
+- A game of our own on small boards in the place of Quake III Arena; four agents in the place of 30.
 - Matches are played in batches, and each agent learns from its places in all of them, synchronously.
 - The memory is that of MERLIN by default, where z is stored and read by content; --memory dnc: as in the paper.
 - Losses are means over rows, where others take sums; the gradient norm is bounded.
@@ -121,7 +121,7 @@ GENES = {  # what evolves, with the range of first values, log-uniform; the weig
     "slow_gradient": (0.1, 1.0),  # factor on the gradient from the fast to the slow unit
     "period": (5, 20),  # tau, steps between two of the slow unit: a whole number, uniform
 }
-WEIGHTS = (0.2, 0.5)  # of w, times the points of the game
+WEIGHTS = (0.2, 0.5)  # of w, one for each event; narrow, as the rates above: four agents, not 30
 
 
 def resolve(args: Args) -> Args:
@@ -692,7 +692,7 @@ def train(args: Args) -> dict:
     began, then, stats, wins = time.time(), now["steps"], {}, np.full((P, len(scripted)), np.nan)
     try:
         while now["games"] < args.total_games:
-            # matches of agents that are about as strong; each learns from all of its places
+            # matches among agents about as strong, or against the random player; each learns from all of its places
             who = make_matches(ratings[:P], args.games, len(game.team), rng)  # (G, N)
             weak, side = rng.random((args.games, 1)) < args.random_share, rng.integers(2, size=(args.games, 1))
             who[weak & (game.team == side)] = P  # a team of the random player
@@ -1048,9 +1048,9 @@ def make_game(args, games, seed):
         game = getattr(importlib.import_module(module), make)(games, seed, **kwargs)
         for name in "games team points events observation_space action_space reset step".split():
             assert hasattr(game, name), f"it lacks {name}"
-        if not hasattr(game, "scripted"):
-            choices, rng = game.action_space.nvec, np.random.default_rng(seed)
-            game.scripted = {"random": lambda: rng.integers(choices, size=(games, len(game.team), len(choices)))}
+        choices, rng = game.action_space.nvec, np.random.default_rng(seed)
+        random_player = lambda: rng.integers(choices, size=(games, len(game.team), len(choices)))
+        game.scripted = {"random": random_player, **getattr(game, "scripted", {})}  # the random one comes first
         return game
     except Exception as error:  # of any kind: users' constructors run here
         flags = f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}"

@@ -2,16 +2,18 @@
 """Several GPUs, or machines: a run of dreamerv3.py, dreamerv2.py, planet.py or merlin.py whose updates are spread.
 
     torchrun --nproc-per-node 4 results/ranks.py dreamerv3.py --env-id ALE/Pong-v5 --size 50m --batch-size 64
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 results/ranks.py ...
+    torchrun --nnodes 2 --node-rank 0 --master-addr HOST --master-port 29400 --nproc-per-node 8 results/ranks.py ...
 
-Rank 0 runs the file as it is: environments, replay, progress, checkpoints. A run that began so goes on with any number
-of ranks, or without them. The other ranks hold a copy of its agent, and each computes a part of every batch. Gradients
-are averaged before they are clipped, and what else looks at the whole batch is gathered (SEAMS): each rank then takes
-the step that one process takes with the whole batch, but for the order of sums, so that all copies stay equal.
+Rank 0, on the first machine, runs the file as it is: environments, replay, progress, checkpoints. A run that began so
+goes on with any number of ranks that divides its batch, or without them. The other ranks hold a copy of its agent, and
+each computes a part of every batch, with latents that it draws itself. Gradients are averaged before they are clipped,
+and what else looks at the whole batch is gathered (SEAMS): with the same noise it is the step of one process with the
+whole batch, but for rounding. All ranks take the same step, bit by bit.
 
 Only the updates are shared out: this pays where they, not the environments, take the time, and a part of a batch still
-fills a GPU. On GPUs an update is captured in pieces, between which its ranks exchange, as a graph cannot wait for
-another process. One GPU for each rank, gloo on CPUs. If a rank dies, all end; the last checkpoint is good.
+fills a GPU. torchrun gives each process one thread unless OMP_NUM_THREADS is set. On GPUs an update is captured in
+pieces, between which its ranks exchange, as a graph cannot wait for another process. One GPU for each rank, gloo on
+CPUs. If a rank dies, all end; the last checkpoint is good.
 """
 
 import importlib.util
@@ -54,11 +56,15 @@ def load(path, ranks):
     captured, open_run = module.Captured, module.open_run
 
     def checked(args, *rest):
-        """Before anything is written: can the batch be shared out?"""
+        """Before anything is written: can the batch be shared out, and is there a GPU for each rank?"""
         name = "batch_size" if hasattr(args, "batch_size") else "num_envs"
         if getattr(args, name) % ranks.size:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             module.fail(f"{flag}: allowed with {ranks.size} ranks: a multiple of that")
+        if args.device not in ("auto", "cpu", "cuda"):
+            module.fail(f"--device {args.device}: allowed with ranks: auto, cpu, cuda, as each has its own")
+        if ranks.device(args).type == "cuda" and int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            module.fail(f"--device {args.device}: allowed: {torch.cuda.device_count()} ranks here, one for each GPU")
         return open_run(args, *rest)
 
     choose = lambda fn, on: Update(fn, on, ranks) if getattr(fn, "__name__", "") == "update" else captured(fn, on)
@@ -78,6 +84,10 @@ class Ranks:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         grad = torch.autograd.grad  # each file calls it once for every step of its optimisers, and nowhere else
         torch.autograd.grad = lambda *args, **kwargs: self.average(grad(*args, **kwargs))
+
+    def device(self, args):
+        """-> where this rank computes."""
+        return torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else f"cuda:{self.local}")
 
     def exchange(self, fn):
         """fn: () -> None, which only writes into tensors that stay where they are."""
@@ -143,10 +153,9 @@ class Update:
         if self.calls == 0:  # a resumed run has loaded its weights by now
             agent = io.BytesIO()
             torch.save(self.fn.__self__, agent)
-            ranks.tell((agent.getvalue(), self.on))
-        shapes = [(key, (len(x) // ranks.size, *x.shape[1:]), x.dtype) for key, x in batch.items()]  # in its order
-        ranks.tell(None if shapes == self.shapes else shapes)
-        self.shapes = shapes
+            self.shapes = [(key, (len(x) // ranks.size, *x.shape[1:]), x.dtype) for key, x in sorted(batch.items())]
+            ranks.tell((agent.getvalue(), self.on, self.shapes, torch.initial_seed()))
+        ranks.tell("go")
         return self.compute(batch)
 
     def compute(self, batch):
@@ -169,6 +178,7 @@ class Update:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # what eager updates took; during a capture nothing is given back
             with torch.cuda.stream(side):
                 ranks.cuts = []
                 ranks.begin()
@@ -185,12 +195,9 @@ class Update:
         return self.result
 
 
-def work(args, ranks):
+def work(module, args, ranks):
     """All ranks but 0: updates of a copy of the agent, until rank 0 has no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says what happened, and the others end with it
-    device = torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else f"cuda:{ranks.local}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
 
     def hear():
         try:
@@ -201,12 +208,17 @@ def work(args, ranks):
     message = hear()
     if message == "end":
         return
-    agent = torch.load(io.BytesIO(message[0]), map_location=device, weights_only=False)
+    saved, on, shapes, seed = message
+    device = ranks.device(args)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    agent = torch.load(io.BytesIO(saved), map_location=device, weights_only=False)
     agent.device = device
-    torch.manual_seed(agent.args.seed + 1_000 * ranks.rank)  # latents are drawn on each rank
-    update = Update(agent.update, message[1], ranks)
-    while (message := hear()) != "end":
-        update.shapes = message or update.shapes
+    module.tune(agent.args)
+    torch.manual_seed(seed + 10**12 * ranks.rank)  # rank 0 has the flag's and the step's
+    update = Update(agent.update, on, ranks)
+    update.shapes = shapes
+    while hear() != "end":
         update.compute(None)
 
 
@@ -219,12 +231,12 @@ def main():
     sys.path.insert(0, str(Path(sys.argv[1]).resolve().parent))
     module = load(sys.argv[1], ranks)
     args = tyro.cli(module.Args, description=module.__doc__, args=sys.argv[2:])
-    module.tune(module.resolve(args))
     if ranks.rank:
-        work(args, ranks)
+        work(module, args, ranks)
     else:
         module.train(args)
         ranks.tell("end")
+    dist.all_reduce(torch.zeros(1))  # nobody leaves before all have heard
     dist.destroy_process_group()
 
 

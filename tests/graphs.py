@@ -89,7 +89,8 @@ def install(monkeypatch, *modules):
     """From here on Captured of these modules captures on the CPU, unless --no-cuda-graph is given."""
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
     fakes = dict(Stream=lambda: stream, current_stream=lambda: stream, stream=contextlib.nullcontext)
-    fakes |= dict(CUDAGraph=Graph, graph=capture, manual_seed=torch.manual_seed, synchronize=lambda: None)
+    fakes |= dict(CUDAGraph=Graph, graph=capture, manual_seed=torch.manual_seed)
+    fakes |= dict(synchronize=lambda: None, empty_cache=lambda: None)
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     adam = importlib.import_module("torch.optim.adam")  # torch.optim deletes the name

@@ -902,6 +902,17 @@ def test_a_game_of_ones_own(tmp_path, monkeypatch):
     assert set(table) == {"random", "median agent"}
 
 
+@pytest.mark.parametrize("scripted,names", [({}, ["random"]), ({"bot": "act"}, ["random", "bot"])])
+def test_the_random_player_is_there_in_any_game(scripted, names, tmp_path, monkeypatch):
+    """First among the scripted ones, whatever others a game brings: training and ratings take it from there."""
+    (tmp_path / "bots.py").write_text(OTHER.replace("    def reset", f"    scripted = {scripted!r}\n\n    def reset"))
+    monkeypatch.chdir(tmp_path)
+    game = ftw.make_game(ftw.resolve(ftw.Args(size="debug", env_id="bots:make")), 50, 0)
+    sys.modules.pop("bots")
+    assert list(game.scripted) == names
+    assert set(np.unique(game.scripted["random"]())) == {0, 1, 2} and game.scripted["random"]().shape == (50, 2, 1)
+
+
 @pytest.mark.parametrize(
     "flags,text",
     [

@@ -48,7 +48,7 @@ def test_two_ranks_take_the_steps_of_one(name, tmp_path):
         assert one.norm() > 1e-3 and (one - two).norm() < 1e-3 * one.norm()
     if name == "dreamerv3":  # percentiles of all returns, not of a part
         assert torch.allclose(saved["one"]["return_range"], saved["two"]["return_range"], rtol=1e-3)
-        assert saved["one"]["return_range"].diff() > 1e-4
+        assert saved["one"]["return_range"].diff() > 0.01
 
 
 @pytest.mark.parametrize("name", ["dreamerv3", "dreamerv2"])
@@ -85,6 +85,8 @@ batch = {{"a": torch.arange(12).view(4, 3), "b": torch.tensor([True, False, Fals
 part = r.share(batch, [("a", (2, 3), torch.int64), ("b", (2,), torch.bool)], torch.device("cpu"))
 assert part["a"].flatten().tolist() == list(range(6 * r.rank, 6 * r.rank + 6))
 assert part["b"].tolist() == [[True, False], [False, True]][r.rank]
+ranks.dist.all_reduce(torch.zeros(1))
+ranks.dist.destroy_process_group()
 """)
     result = run([*TORCHRUN, tmp_path / "script.py"])
     assert result.returncode == 0, result.stderr[-2000:]

@@ -8,7 +8,7 @@
 Paper: Jaderberg et al., "Human-level performance in 3D multiplayer games with population-based reinforcement
 learning", Science 364 (2019), arXiv 1807.01281. "Lecture" is the course NPFL139, which tells it after MERLIN.
 
-    python ftw.py                                         four agents, 2 against 2 on 9 x 9 boards, on a CPU in minutes
+    python ftw.py                                         four agents, 2 against 2 on 9 x 9 boards, on a CPU in an hour
     python ftw.py --population 1 --reward outcome         self-play, paid for winning alone; --reward events: shaped
     python ftw.py --resume runs/...                       go on where the last checkpoint stands
     python ftw.py --eval runs/...                         the best agent against scripted ones, match.gif

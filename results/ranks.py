@@ -234,6 +234,7 @@ def main():
     if ranks.rank:
         work(module, args, ranks)
     else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # another rank has died: train says where it stopped
         module.train(args)
         ranks.tell("end")
     dist.all_reduce(torch.zeros(1))  # nobody leaves before all have heard

@@ -260,24 +260,15 @@ def test_ranks(tmp_path):
     fixed += " --batch-size 4 --batch-length 8 --learning-starts 20"
     for flag in "--no-cuda-graph", "--cuda-graph":
         out = str(tmp_path / flag[2:])
-        start = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "tests/ranks_run.py",
-            out,
-            "dreamerv3.py",
-        ]
-        flags = [*fixed.split(), "--run-root", out, flag]
+        start = [sys.executable, *"-m torch.distributed.run --standalone tests/ranks_run.py".split(), out]
+        flags = ["dreamerv3.py", *fixed.split(), "--run-root", out, flag]
         environ = {**os.environ, "GRAPHS": "1" if DEVICE == "cpu" and flag == "--cuda-graph" else ""}
         environ["PYTHONPATH"] = os.pathsep.join(["tests", os.environ.get("PYTHONPATH", "")])
         result = subprocess.run([*start, *flags], cwd=root, env=environ, capture_output=True, text=True, timeout=200)
         assert result.returncode == 0, result.stderr[-3000:]
         state = torch.load(next(Path(out).glob("*/checkpoint.pt")), map_location="cpu")
-        saved[flag] = torch.cat(
-            [x.flatten() for x in state["optimizer"][: len(state["optimizer"]) // 2]]
-        )  # mean squares
+        squares = state["optimizer"][: len(state["optimizer"]) // 2]  # means of squared gradients, from zero on
+        saved[flag] = torch.cat([x.flatten() for x in squares])
         assert state["now"]["updates"] >= 6
     eager, pieces = saved.values()
     assert (eager - pieces).norm() < 1e-3 * eager.norm()

@@ -13,9 +13,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-SHORT = {  # flags for a few updates
+SHORT = {  # flags for a few updates; the first KL of dreamerv2 is 0.266 on average, 0.249 and 0.282 of the two ranks
     "dreamerv3": "--batch-size 4 --batch-length 8 --learning-starts 20 --num-envs 2",
-    "dreamerv2": "--batch-size 4 --prefill 20 --free-nats 1 --num-envs 2",
+    "dreamerv2": "--batch-size 4 --prefill 20 --free-nats 0.26 --num-envs 2",
     "planet": "--batch-size 4 --seed-episodes 2 --num-envs 2",
     "merlin": "--num-envs 4",
 }
@@ -29,9 +29,7 @@ def run(command, **kwargs):
 @pytest.mark.parametrize("name", SHORT)
 def test_two_ranks_take_the_steps_of_one(name, tmp_path):
     """Pixels and vectors: averaged gradients of the first three updates; both ranks the same bit by bit, always."""
-    flags = (
-        f"--env-id toy_envs:Tiny-both-discrete-v0 --size debug --device cpu --total-timesteps 80 {SHORT[name]}".split()
-    )
+    flags = "--env-id toy_envs:Tiny-both-discrete-v0 --size debug --device cpu --total-timesteps 80".split()
     saved = {}
     for kind, start in {"one": [sys.executable], "two": TORCHRUN}.items():
         own = [*SHORT[name].split(), "--run-root", str(tmp_path / kind)]
@@ -122,8 +120,11 @@ def test_bad_input(file, flags, text, tmp_path):
     assert result.returncode and lines and text in lines[0] and not list(tmp_path.iterdir())
 
 
-def test_a_rank_dies(tmp_path):
-    """kill -9 of a rank that computes: within a minute all have ended, and the last checkpoint is good."""
+@pytest.mark.parametrize("rank,how", [("1", signal.SIGKILL), ("0", signal.SIGTERM)])
+def test_a_rank_dies(rank, how, tmp_path):
+    """kill -9 of a rank that computes, or what torchrun sends to rank 0 then: within a minute all have ended, rank 0
+    has said where it stopped, and the last checkpoint is good.
+    """
     flags = "--env-id CartPole-v1 --size debug --device cpu --total-timesteps 1000000 --checkpoint-every 20".split()
     own = [*flags, "--run-root", str(tmp_path), *SHORT["dreamerv3"].split()]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -139,14 +140,14 @@ def test_a_rank_dies(tmp_path):
                 environ, words = (path / "environ").read_bytes().split(b"\0"), (path / "cmdline").read_bytes()
             except OSError:
                 continue
-            rank = [x[5:].decode() for x in environ if x.startswith(b"RANK=")]
-            if rank and str(tmp_path).encode() in words and b"ranks.py" in words:
-                ranks[rank[0]] = int(path.name)
-        os.kill(ranks["1"], signal.SIGKILL)
+            found = [x[5:].decode() for x in environ if x.startswith(b"RANK=")]
+            if found and str(tmp_path).encode() in words and b"ranks.py" in words:
+                ranks[found[0]] = int(path.name)
+        os.kill(ranks[rank], how)
         assert process.wait(timeout=60) != 0
     for pid in ranks.values():
         assert not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes()
     log = (tmp_path / "log").read_text()
-    assert "stopped   at step" in log and "rank      : 1" in log
+    assert "stopped   at step" in log and f"rank      : {rank}" in log
     (path,) = tmp_path.glob("*/checkpoint.pt")
     assert torch.load(path)["now"]["step"] >= 20

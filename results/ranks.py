@@ -1,29 +1,41 @@
 # SPDX-License-Identifier: MIT
-"""Several GPUs, or machines: a run of dreamerv3.py, dreamerv2.py, planet.py or merlin.py whose updates are spread.
+"""Several GPUs, or machines: a run of dreamerv3.py, dreamerv2.py, planet.py or merlin.py whose updates are spread, or
+one of ftw.py whose population is.
 
     torchrun --nproc-per-node 4 results/ranks.py dreamerv3.py --env-id ALE/Pong-v5 --size 50m --batch-size 64
     torchrun --nnodes 2 --node-rank 0 --master-addr HOST --master-port 29400 --nproc-per-node 8 results/ranks.py ...
+    torchrun --nproc-per-node 2 results/ranks.py ftw.py --population 8
 
-Rank 0, on the first machine, runs the file as it is: environments, replay, progress, checkpoints. A run that began so
-goes on with any number of ranks that divides its batch, or without them. The other ranks hold a copy of its agent, and
-each computes a part of every batch, with latents that it draws itself. Gradients are averaged before they are clipped,
-and what else looks at the whole batch is gathered (SEAMS): with the same noise it is the step of one process with the
-whole batch, but for rounding. All ranks take the same step, bit by bit.
+The Dreamers, PlaNet, MERLIN: rank 0, on the first machine, runs the file as it is: environments, replay, progress,
+checkpoints. A run that began so goes on with any number of ranks that divides its batch, or without them. The other
+ranks hold a copy of its agent, and each computes a part of every batch, with latents that it draws itself. Gradients
+are averaged before they are clipped, and what else looks at the whole batch is gathered (SEAMS): with the same noise
+it is the step of one process with the whole batch, but for rounding. All ranks take the same step, bit by bit.
 
 Only the updates are shared out: this pays where they, not the environments, take the time, and a part of a batch still
 fills a GPU. torchrun gives each process one thread unless OMP_NUM_THREADS is set. On GPUs an update is captured in
-pieces, between which its ranks exchange, as a graph cannot wait for another process. One GPU for each rank, gloo on
-CPUs. If a rank dies, all end; the last checkpoint is good.
+pieces, between which its ranks exchange, as a graph cannot wait for another process.
+
+FTW: every batch of matches, the agents are dealt out anew. Each rank plays and trains its part in its share of the
+games (--games counts all); then all ranks have all agents, as their owners left them, and rate and evolve them alike.
+So the rows of an update, and what an agent meets over time, are those of one process; the players of one match are of
+one part. To go on with --resume on several machines, each needs the run folder.
+
+One GPU for each rank, gloo on CPUs. If a rank dies, all end; the last checkpoint is good.
 """
 
+import contextlib
 import importlib.util
 import io
 import os
 import signal
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
@@ -39,12 +51,21 @@ SEAMS = {  # where an update looks at the whole batch at once, and what stands t
     },
     "planet": {},
     "merlin": {},
+    "ftw": {  # where a batch of matches, or what came of it, is of all agents
+        "make_game(args, args.games, args.seed)": "make_game(args, args.games // RANKS.size, args.seed + RANKS.rank)",
+        "who = make_matches(": "who = RANKS.deal(make_matches, ",
+        "who, {p: act[p] for p in range(P) if (who == p).any()})": "*RANKS.mine(who, act))",
+        "for p in stats:  # once": "RANKS.collect(agents, stats, who, match, now)\n            for p in stats:  # once",
+        "rated = duel(game, [agents[p], scripted[s]], {0: act[p]})": (
+            "rated = RANKS.rated(duel(game, [agents[p], scripted[s]], {0: act[p]}))"
+        ),
+    },
 }
 NEVER = timedelta(days=30)  # others wait while rank 0 plays, evaluates, writes; a death is noticed at once all the same
 
 
 def load(path, ranks):
-    """The file as a module, its SEAMS mended; its updates are RANKS'."""
+    """The file as a module, its SEAMS mended; RANKS is known in it."""
     path = Path(path)
     source = path.read_text(encoding="utf-8")
     for old, new in SEAMS[path.stem].items():
@@ -53,22 +74,26 @@ def load(path, ranks):
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(path.stem, path))
     sys.modules[path.stem] = module  # agents are sent as instances of its classes
     exec(compile(source, str(path), "exec"), module.__dict__)
-    captured, open_run = module.Captured, module.open_run
+    module.RANKS, open_run = ranks, module.open_run
 
     def checked(args, *rest):
         """Before anything is written: can the batch be shared out, and is there a GPU for each rank?"""
-        name = "batch_size" if hasattr(args, "batch_size") else "num_envs"
-        if getattr(args, name) % ranks.size:
+        shared = {"merlin": ["num_envs"], "ftw": ["population", "games"]}.get(path.stem, ["batch_size"])
+        for name in [name for name in shared if getattr(args, name) % ranks.size]:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            module.fail(f"{flag}: allowed with {ranks.size} ranks: a multiple of that")
-        if args.device not in ("auto", "cpu", "cuda"):
-            module.fail(f"--device {args.device}: allowed with ranks: auto, cpu, cuda, as each has its own")
-        if ranks.device(args).type == "cuda" and int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
-            module.fail(f"--device {args.device}: allowed: {torch.cuda.device_count()} ranks here, one for each GPU")
-        return open_run(args, *rest)
+            ranks.refuse(module, f"{flag}: allowed with {ranks.size} ranks: a multiple of that")
+        ranks.updates = rest[-1]["now"]["updates"] if rest[-1] else 0
+        return open_run(args, *rest) if ranks.rank == 0 else ranks.stand_by(args, *rest)
 
-    choose = lambda fn, on: Update(fn, on, ranks) if getattr(fn, "__name__", "") == "update" else captured(fn, on)
-    module.RANKS, module.Captured, module.open_run = ranks, choose, checked
+    module.open_run = checked
+    if path.stem == "ftw":
+        for name in ("write_checkpoint", "write_match", "record", "show") if ranks.rank else ():
+            setattr(module, name, lambda *_: {})  # rank 0 does
+    else:
+        captured = module.Captured
+        ours = lambda fn: getattr(fn, "__name__", "") == "update"
+        module.Captured = lambda fn, on: Update(fn, on, ranks) if ours(fn) else captured(fn, on)
+        ranks.average_gradients()
     return module
 
 
@@ -82,12 +107,30 @@ class Ranks:
         cuda = torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=NEVER)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        grad = torch.autograd.grad  # each file calls it once for every step of its optimisers, and nowhere else
+
+    def average_gradients(self):
+        """From here on. Each file calls autograd.grad once for every step of its optimisers, and nowhere else."""
+        grad = torch.autograd.grad
         torch.autograd.grad = lambda *args, **kwargs: self.average(grad(*args, **kwargs))
 
     def device(self, args):
         """-> where this rank computes."""
         return torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else f"cuda:{self.local}")
+
+    def refuse(self, module, message):
+        """Bad input: rank 0 says so."""
+        if self.rank:
+            raise SystemExit(2)
+        module.fail(message)
+
+    def together(self, fn):
+        """fn: () -> None, a call that all ranks make. Where one is gone, rank 0 says what happened."""
+        try:
+            fn()
+        except RuntimeError as error:
+            if self.rank and "onnection" in str(error):
+                raise SystemExit(1) from None
+            raise
 
     def exchange(self, fn):
         """fn: () -> None, which only writes into tensors that stay where they are."""
@@ -129,6 +172,12 @@ class Ranks:
         dist.broadcast_object_list(box, device=torch.device("cpu"))
         return box[0]
 
+    def hear(self):
+        """-> what rank 0 tells."""
+        box = []
+        self.together(lambda: box.append(self.tell()))
+        return box[0]
+
     def share(self, batch, shapes, device):
         """Rank 0's {key: (B, ...)} -> each rank's {key: (B / ranks, ...)}. shapes: (key, shape of a part, dtype)."""
         parts = {}
@@ -138,6 +187,61 @@ class Ranks:
             dist.scatter(part.view(torch.uint8), chunks)  # as bytes: of any type
             parts[key] = part
         return parts
+
+
+class Parts(Ranks):
+    """A population that is spread: ftw.py runs on every rank, and only what it does with its matches is its own."""
+
+    def stand_by(self, args, agents, game, saved):
+        """All ranks but 0, in the place of open_run: noise and boards of their own. -> no folder, no TensorBoard."""
+        games = saved["now"]["games"] if saved else 0
+        torch.manual_seed(args.seed + games + 10**12 * self.rank)
+        if hasattr(game, "rng"):
+            game.rng = np.random.default_rng([args.seed, games, self.rank])
+        return Path(os.devnull), SimpleNamespace(flush=lambda: None, close=lambda: None)
+
+    def deal(self, make_matches, ratings, games, places, rng):
+        """Like make_matches, within the parts of the population, dealt anew. -> who, (G, N), the same on all ranks."""
+        parts = rng.permutation(len(ratings)).reshape(self.size, -1)
+        self.owner = {int(p): rank for rank, part in enumerate(parts) for p in part}
+        whos = [part[make_matches(ratings[part], games // self.size, places, rng)] for part in parts]
+        return np.concatenate(whos)
+
+    def mine(self, who, act):
+        """-> this rank's rows of who, and who of its agents acts there."""
+        own = np.split(who, self.size)[self.rank]
+        return own, {p: act[p] for p in range(len(act)) if (own == p).any()}
+
+    def collect(self, agents, stats, who, match, now):
+        """After a batch of matches: all agents as their owners have them, and what all ranks know of the matches."""
+        for p, agent in enumerate(agents):
+            tensors = [*agent.state_dict().values(), *agent.squares]
+            flat = torch.cat([x.flatten() for x in tensors])
+            self.together(lambda flat=flat, p=p: dist.broadcast(flat, self.owner[p]))
+            for x, part in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+                x.copy_(part.view_as(x))
+        own = {p: {key: float(x) for key, x in stats[p].items()} for p in match.act}
+        outcomes, totals, every, updates = zip(
+            *self.gather_objects((match.outcome, match.totals, own, now["updates"] - self.updates)), strict=True
+        )
+        match.who, match.outcome, match.totals = who, np.concatenate(outcomes), sum(totals)
+        for own in every:
+            stats.update(own)
+        self.updates += sum(updates)
+        now["updates"] = self.updates
+
+    def rated(self, duel):
+        """What duel gives, of all ranks."""
+        outcome, match = duel
+        outcomes, whos, results = zip(*self.gather_objects((outcome, match.who, match.outcome)), strict=True)
+        match.who, match.outcome = np.concatenate(whos), np.concatenate(results)
+        return np.concatenate(outcomes), match
+
+    def gather_objects(self, message):
+        """-> those of all ranks."""
+        box = [None] * self.size
+        self.together(lambda: dist.all_gather_object(box, message))
+        return box
 
 
 class Update:
@@ -197,15 +301,7 @@ class Update:
 
 def work(module, args, ranks):
     """All ranks but 0: updates of a copy of the agent, until rank 0 has no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says what happened, and the others end with it
-
-    def hear():
-        try:
-            return ranks.tell()
-        except RuntimeError:  # rank 0 is gone, and has said why
-            raise SystemExit(1) from None
-
-    message = hear()
+    message = ranks.hear()
     if message == "end":
         return
     saved, on, shapes, seed = message
@@ -218,7 +314,7 @@ def work(module, args, ranks):
     torch.manual_seed(seed + 10**12 * ranks.rank)  # rank 0 has the flag's and the step's
     update = Update(agent.update, on, ranks)
     update.shapes = shapes
-    while hear() != "end":
+    while ranks.hear() != "end":
         update.compute(None)
 
 
@@ -227,16 +323,28 @@ def main():
     if Path(sys.argv[1] if len(sys.argv) > 1 else "").stem not in SEAMS or "RANK" not in os.environ:
         print(f"error: allowed: torchrun --nproc-per-node N results/ranks.py FILE FLAGS, with {known}", file=sys.stderr)
         raise SystemExit(2)
-    ranks = Ranks()
+    population = Path(sys.argv[1]).stem == "ftw"
+    ranks = Parts() if population else Ranks()
     sys.path.insert(0, str(Path(sys.argv[1]).resolve().parent))
     module = load(sys.argv[1], ranks)
     args = tyro.cli(module.Args, description=module.__doc__, args=sys.argv[2:])
-    if ranks.rank:
-        work(module, args, ranks)
-    else:
+    if args.device not in ("auto", "cpu", "cuda"):
+        ranks.refuse(module, f"--device {args.device}: allowed with ranks: auto, cpu, cuda, as each has its own")
+    if ranks.device(args).type == "cuda" and int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+        allowed = f"{torch.cuda.device_count()} ranks here, one for each GPU"
+        ranks.refuse(module, f"--device {args.device}: allowed: {allowed}")
+    if ranks.rank == 0:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # another rank has died: train says where it stopped
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says what happened, and the others end with it
+    if population:
+        with contextlib.redirect_stdout(open(os.devnull, "w") if ranks.rank else sys.stdout):
+            module.train(replace(args, device=str(ranks.device(args))))
+    elif ranks.rank == 0:
         module.train(args)
         ranks.tell("end")
+    else:
+        work(module, args, ranks)
     dist.all_reduce(torch.zeros(1))  # nobody leaves before all have heard
     dist.destroy_process_group()
 

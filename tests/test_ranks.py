@@ -73,6 +73,7 @@ def test_exchanges(tmp_path):
 import sys; sys.path.insert(0, {str(ROOT / "results")!r})
 import ranks, torch
 r = ranks.Ranks()
+r.average_gradients()
 x = torch.tensor([[1.0, 2.0], [3.0, 6.0]][r.rank], requires_grad=True)
 assert r.gather(x).tolist() == [1, 2, 3, 6] and r.tell(r.rank) == 0
 for least, grad in (2.5, 0.5), (3.5, 0.0):  # the mean of one rank lies below 2.5, the other above 3.5
@@ -109,15 +110,85 @@ def test_a_run_goes_on_with_other_ranks(tmp_path):
     [
         ("dreamerv3.py", "--batch-size 5", "--batch-size 5: allowed with 2 ranks: a multiple of that"),
         ("merlin.py", "--num-envs 3", "--num-envs 3: allowed with 2 ranks: a multiple of that"),
-        ("ftw.py", "", "allowed: torchrun"),
+        ("dreamerv3.py", "--device cuda:0", "--device cuda:0: allowed with ranks: auto, cpu, cuda"),
+        ("ftw.py", "--population 3", "--population 3: allowed with 2 ranks: a multiple of that"),
+        ("ftw.py", "--population 4 --games 5", "--games 5: allowed with 2 ranks: a multiple of that"),
+        ("gumbel_softmax.py", "", "allowed: torchrun"),
     ],
 )
 def test_bad_input(file, flags, text, tmp_path):
     """One line, and nothing is left behind."""
-    own = f"--env-id CartPole-v1 --size debug --device cpu --run-root {tmp_path} {flags}".split()
+    own = f"--size debug --device cpu --run-root {tmp_path}".split() + flags.split()
+    own += ["--env-id", "CartPole-v1"] if file != "ftw.py" else []
     result = run([*TORCHRUN, "results/ranks.py", file, *own], cwd=ROOT)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert result.returncode and lines and text in lines[0] and not list(tmp_path.iterdir())
+    assert result.returncode and len(lines) == 1 and text in lines[0] and not list(tmp_path.iterdir())
+
+
+def test_a_population_is_spread(tmp_path):
+    """ftw.py: parts dealt anew for each batch of matches, players of a match from one part; each rank trains its own
+    agents on boards of its own; then both have all agents, and the same ratings and genes, bit by bit.
+    """
+    (tmp_path / "script.py").write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT / "results")!r})
+import ranks, torch
+seen, collect = [], ranks.Parts.collect
+flat = lambda a: torch.cat([x.flatten() for x in (*a.state_dict().values(), *a.squares)]).clone()
+def recorded(self, agents, stats, who, match, now):
+    before = dict(before=[flat(a) for a in agents], own=match.outcome, acted=[*match.act])
+    before |= dict(boards=match.game.walls.copy(), own_totals=match.totals.copy())
+    collect(self, agents, stats, who, match, now)
+    seen.append(dict(before, after=[flat(a) for a in agents], owner=dict(self.owner), who=who, match=match.who,
+                     outcome=match.outcome, totals=match.totals, updates=now["updates"], losses=dict(stats)))
+ranks.Parts.collect = recorded
+sys.argv = ["ranks.py", {str(ROOT / "ftw.py")!r}, *sys.argv[1:]]
+ranks.main()
+torch.save(seen, {str(tmp_path)!r} + "/seen." + ranks.os.environ["RANK"])
+""")
+    flags = "--size debug --device cpu --population 4 --games 8 --total-games 64".split()
+    result = run([*TORCHRUN, tmp_path / "script.py", *flags, "--run-root", str(tmp_path / "runs")])
+    assert result.returncode == 0, result.stderr[-2000:]
+    first, second = (torch.load(tmp_path / f"seen.{rank}", weights_only=False) for rank in (0, 1))
+    assert len(first) == len(second) == 8 and len({str(sorted(x["owner"].items())) for x in first}) > 1
+    updates = 0
+    for one, two in zip(first, second, strict=True):
+        owner = [one["owner"][p] for p in range(4)]
+        assert owner == [two["owner"][p] for p in range(4)] and sorted(owner) == [0, 0, 1, 1]
+        for p, rank in enumerate(owner):
+            mine, other = (one, two) if rank == 0 else (two, one)
+            assert torch.equal(mine["before"][p], mine["after"][p]) and torch.equal(mine["after"][p], other["after"][p])
+            assert p not in other["acted"]
+            if p in mine["acted"]:  # and learned
+                assert not torch.equal(other["before"][p], mine["after"][p])
+                assert mine["losses"][p] == other["losses"][p]
+        assert (one["who"] == two["who"]).all() and (one["match"] == one["who"]).all() and len(one["who"]) == 8
+        assert all(len({owner[p] for p in players if p < 4}) == 1 for players in one["who"].tolist())
+        assert one["outcome"].tolist() == two["outcome"].tolist() == [*one["own"], *two["own"]]
+        assert (one["totals"] == two["totals"]).all() and one["boards"].shape[0] == 4
+        assert (one["totals"] == one["own_totals"] + two["own_totals"]).all() and one["totals"].any()
+        assert (one["boards"] != two["boards"]).any()
+        updates += 16 * len(one["acted"] + two["acted"])  # windows of 8 steps in a match of 128
+        assert one["updates"] == two["updates"]
+    assert first[-1]["updates"] == updates
+    (path,) = tmp_path.glob("runs/*/checkpoint.pt")
+    saved = torch.load(path)
+    assert saved["now"]["games"] == 64 and saved["now"]["updates"] == updates and saved["args"]["games"] == 8
+    assert saved["now"]["steps"] == 64 * 4 * 128
+
+
+def test_a_population_goes_on_with_other_ranks(tmp_path):
+    """Two ranks, then one process, then two; other boards than before on each rank."""
+    flags = f"--size debug --device cpu --population 4 --run-root {tmp_path}".split()
+    two, one = [*TORCHRUN, "results/ranks.py", "ftw.py"], [sys.executable, "ftw.py"]
+    assert run([*two, *flags, "--total-games", "24"], cwd=ROOT).returncode == 0
+    (folder,), states = tmp_path.glob("*__*"), [torch.load(next(tmp_path.glob("*/checkpoint.pt")))]
+    for command, games in (one, 36), (two, 48):
+        result = run([*command, "--resume", str(folder), "--total-games", str(games)], cwd=ROOT)
+        assert result.returncode == 0, result.stderr[-2000:]
+        states.append(torch.load(folder / "checkpoint.pt"))
+    assert [x["now"]["games"] for x in states] == [24, 36, 48]
+    assert states[0]["now"]["updates"] < states[1]["now"]["updates"] < states[2]["now"]["updates"]
+    assert not torch.equal(states[1]["agents"][0]["squares"][0], states[2]["agents"][0]["squares"][0])
 
 
 @pytest.mark.parametrize("rank,how", [("1", signal.SIGKILL), ("0", signal.SIGTERM)])

@@ -113,7 +113,7 @@ SIZES = {
 # fmt: on
 GENES = {  # what evolves, with the range of first values, log-uniform; the weights of the events come after these
     "learning_rate": (1e-3, 2e-3),
-    "entropy": (7e-4, 2e-3),  # weights of losses, from here on
+    "entropy": (1.2e-3, 2.5e-3),  # weights of losses, from here on
     "kl": (1e-6, 1e-4),
     "kl_prior": (1e-7, 1e-5),
     "pixel_control": (0.01, 0.1),
@@ -673,7 +673,7 @@ def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "games", "steps", "updates", "elo", and losses and statistics of the best}."""
     if args.eval is not None:
         return show(args)
-    saved = None if args.resume is None else load(Path(args.resume) / "checkpoint.pt", need=("args", "agents", "now"))
+    saved = None if args.resume is None else load(Path(args.resume) / "checkpoint.pt", need=("args", "agents", "states"))
     args = resolve(inherit(args, args.resume, saved["args"], RESUMED) if saved else args)
     tune(args)
     for seed in random.seed, np.random.seed, torch.manual_seed:

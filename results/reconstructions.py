@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What a model of gumbel_softmax.py sees: python results/reconstructions.py runs/A runs/B ... [--data DIR]
 
-Leaves images.png beside each checkpoint: ten test images, then reconstructions and samples from the prior (vae, vq), or
-two completions of the lower half (sbn).
+Leaves images.png beside each checkpoint: ten test images, then reconstructions and samples from the prior (vae), or two
+completions of the lower half (sbn).
 """
 
 import argparse
@@ -23,12 +23,8 @@ def pictures(agent, images):
     if agent.args.task == "sbn":
         rows = [torch.cat([x, agent.decode(gs.draw(agent.layers(x))[0][-1]).sigmoid()], -1) for _ in range(2)]
     else:
-        if agent.args.latent == "vq":
-            uniform = torch.zeros(len(x), agent.S, agent.K, device=agent.device).log_softmax(-1)
-            pair = agent.quantize(x)[0], gs.sample_onehot(uniform) @ agent.codebook
-        else:
-            prior = gs.log_softmax(agent.logits(agent.prior))
-            pair = gs.draw(agent.layers(x))[0][0], gs.sample_onehot(prior, (len(x),))
+        prior = gs.log_softmax(agent.logits(agent.prior))
+        pair = gs.draw(agent.layers(x))[0][0], gs.sample_onehot(prior, (len(x),))
         rows = [agent.decode(z).sigmoid() for z in pair]
     return torch.cat([row.view(-1, 28, 28).transpose(0, 1).flatten(1) for row in [images, *rows]])
 

@@ -162,7 +162,7 @@ def merlin_window(envs, agent, windows=1, merlin=merlin):
     return {**batch, **start}, row, state
 
 
-def gumbel_agent(**flags):
+def gumbel_agent(module=gumbel_softmax, **flags):
+    """-> an agent of gumbel_softmax.py, or of a patched one."""
     torch.manual_seed(0)
-    args = gumbel_softmax.Args(size="debug", device="cpu", **flags)
-    return gumbel_softmax.Agent(gumbel_softmax.resolve(args))
+    return module.Agent(module.resolve(module.Args(size="debug", device="cpu", **flags)))

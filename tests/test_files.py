@@ -16,7 +16,7 @@ import shape_comments
 from helpers import AGENTS, FILES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LINES = {"planet": 1050, "dreamerv2": 1200, "merlin": 980, "dreamerv3": 1250, "ftw": 1250, "gumbel_softmax": 830}
+LINES = {"planet": 1050, "dreamerv2": 1200, "merlin": 980, "dreamerv3": 1250, "ftw": 1250, "gumbel_softmax": 720}
 # Everything counted. No file grows: what a feature adds has to go elsewhere, or replaces something.
 SECTIONS = [  # those of Replay and make_envs: in agents only
     "# SPDX-License-Identifier: MIT",

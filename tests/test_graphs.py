@@ -121,10 +121,20 @@ def test_windows(agent, monkeypatch):
     compare((eager, graph), learn, 6)
 
 
-@pytest.mark.parametrize("estimator", ["st_gumbel_softmax", "reinforce", "rebar"])
+@pytest.mark.parametrize("estimator", ["st_gumbel_softmax", "reinforce", "muprop"])
 def test_steps(estimator, monkeypatch):
     """Other images and other temperatures after the capture."""
-    agents = [gumbel_agent(latent="bernoulli", estimator=estimator) for _ in range(2)]
+    check_steps(lambda: gumbel_agent(latent="bernoulli", estimator=estimator), monkeypatch)
+
+
+@pytest.mark.parametrize("variant", ["gumbel_softmax newer"], indirect=True)
+def test_steps_of_patched_file(variant, monkeypatch):
+    """REBAR draws its noise and takes slopes inside the step."""
+    check_steps(lambda: gumbel_agent(variant, latent="bernoulli", estimator="rebar"), monkeypatch)
+
+
+def check_steps(make, monkeypatch):
+    agents = [make() for _ in range(2)]
     graphs.install(monkeypatch)
     agents[1].device, agents[1].side = types.SimpleNamespace(type="cuda"), torch.cuda.Stream()
     images = torch.rand(10, 8, 784).round()

@@ -673,7 +673,7 @@ def train(args: Args) -> dict:
     """Train as args say. -> {"run_dir", "games", "steps", "updates", "elo", and losses and statistics of the best}."""
     if args.eval is not None:
         return show(args)
-    saved = None if args.resume is None else load(Path(args.resume) / "checkpoint.pt", need=("args", "agents", "states"))
+    saved = None if args.resume is None else load(f"{args.resume}/checkpoint.pt", need=("args", "agents", "states"))
     args = resolve(inherit(args, args.resume, saved["args"], RESUMED) if saved else args)
     tune(args)
     for seed in random.seed, np.random.seed, torch.manual_seed:

@@ -2,6 +2,7 @@
 """Four dreams of a trained agent side by side: one real observation each (green bar), then its model alone (red).
 
     python results/dream.py dreamerv3 runs/RUN            dream.gif in the run folder; or dreamerv2, planet
+    python results/dream.py dreamerv3 runs/RUN --beside   what really happened above what the model says, and the error
 
 In the Dreamers the policy acts on imagined states; PlaNet plans at each of them, by the cross-entropy method.
 """
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import tyro
 
@@ -24,6 +26,7 @@ class Args:
     run: Annotated[str, tyro.conf.Positional]  # run folder, or checkpoint
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     steps: int = 64  # to dream
+    beside: bool = False  # reality above: the agent plays, and the model predicts from its actions
 
 
 @torch.no_grad()
@@ -47,12 +50,27 @@ def dream(module, agent, args, steps):
     return module.film(module.picture(shown), seen=1)
 
 
+def beside(module, agent, args, steps, before=100):
+    """-> uint8 (steps, H, W, 3): truth, model, error, as in open_loop.gif, of four games played now."""
+    envs, rows = module.make_envs(args.env_id, 4, args.seed, args), []
+    row, state = module.start_row(envs, args.seed), agent.initial(4)
+    for _ in range(before + steps + 1):
+        state = agent.act(agent.inputs(row, state))
+        rows.append({**row, "action": agent.env_action(state)})
+        row = module.next_row(envs, rows[-1]["action"], row)
+    envs.close()
+    batch = {key: torch.as_tensor(np.stack([x[key] for x in rows[before:]], 1)) for key in rows[0]}
+    with torch.no_grad():
+        return module.open_loop(agent, batch)
+
+
 def main(options):
     module = importlib.import_module(options.file)
     agent, args = module.load_agent(options.run, module.Args(device=options.device))
     path = Path(options.run)
     path = (path if path.is_dir() else path.parent) / "dream.gif"
-    module.save_gif(path, dream(module, agent, args, options.steps))
+    film = beside if options.beside else dream
+    module.save_gif(path, film(module, agent, args, options.steps))
     print(path)
 
 

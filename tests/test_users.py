@@ -11,7 +11,7 @@ from gymnasium import spaces
 from helpers import gif, known, short, uniform
 
 NUMBERS = spaces.Box(-np.inf, np.inf, (2,), np.float32)
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "environments.md").read_text()
 agents = pytest.mark.parametrize("module", ["planet", "dreamerv2", "dreamerv3", "merlin"], indirect=True)
 
 
@@ -225,7 +225,7 @@ def test_settings_of_atari_that_are_fixed(module, kwargs, capsys):
     assert stop.value.code == 2 and kwargs in error and error.count("\n") == 1
 
 
-RECIPES = {  # of the README: a space, an observation, what comes out of it
+RECIPES = {  # of docs/environments.md: a space, an observation, what comes out of it
     "gray": (spaces.Box(0, 255, (64, 64), np.uint8), (64, 64, 1)),
     "from 0 to 1": (spaces.Box(0, 1, (64, 64, 3), np.float32), (64, 64, 3)),
     "channels first": (spaces.Box(0, 255, (3, 64, 64), np.uint8), (64, 64, 3)),
@@ -234,9 +234,9 @@ RECIPES = {  # of the README: a space, an observation, what comes out of it
 
 
 @pytest.mark.parametrize("kind", RECIPES)
-def test_wrappers_of_the_readme(module, make, kind):
+def test_wrappers_of_the_page(module, make, kind):
     """What they bring into form goes to the convolutions."""
-    wrapper = next(line.split("`")[-2] for line in README.splitlines() if line.startswith("|") and kind in line)
+    wrapper = next(line.split("`")[-2] for line in PAGE.splitlines() if line.startswith("|") and kind in line)
     space, shape = RECIPES[kind]
     make(space, lambda t: space.sample())
     names = {**vars(gym.wrappers), **vars(spaces), "np": np}
@@ -250,8 +250,8 @@ def test_wrappers_of_the_readme(module, make, kind):
 
 
 def test_product_of_actions(module, make, monkeypatch):
-    """The README's wrapper plays each pair of actions."""
-    (line,) = [line for line in README.splitlines() if "MultiDiscrete([3, 5])" in line]
+    """The wrapper plays each pair of actions."""
+    (line,) = [line for line in PAGE.splitlines() if "MultiDiscrete([3, 5])" in line]
     monkeypatch.setattr(Made, "action_space", spaces.MultiDiscrete([3, 5]))
     played = []
     monkeypatch.setattr(

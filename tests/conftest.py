@@ -12,7 +12,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads that wait for each other cost more than they give
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "results")]
+sys.path[:0] = [str(ROOT), str(ROOT / "applications"), str(ROOT / "tests"), str(ROOT / "results")]
 
 
 @pytest.fixture(params=["planet", "dreamerv2", "dreamerv3"], scope="module")

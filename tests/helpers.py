@@ -20,6 +20,7 @@ import merlin
 AGENTS = ["planet", "dreamerv2", "dreamerv3"]  # these act in environments
 CONTEXT = {"planet": 1, "dreamerv2": 0, "dreamerv3": 1}  # rows before the trained window: they give the first action
 FILES = [*AGENTS, "merlin", "ftw", "gumbel_softmax"]  # merlin and ftw act, without replay: suites of their own
+APPLICATIONS = ["vqgan", "sac_discrete"]  # in a folder of their own
 STATEFUL = [name for name in AGENTS if hasattr(importlib.import_module(name).Replay, "write")]
 # Of files whose replay keeps latent states beside its rows, has an online queue, and windows that run across episodes.
 stateful = pytest.mark.parametrize("module", STATEFUL, indirect=True, scope="module")

@@ -17,6 +17,7 @@ import torch
 from gymnasium import spaces
 from helpers import (
     AGENTS,
+    APPLICATIONS,
     CONTEXT,
     FILES,
     Evil,
@@ -536,7 +537,7 @@ def test_resume_refuses_other_flags(module, run_dir, capsys):
     assert stop.value.code == 2 and "--eps 0.5" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", FILES + APPLICATIONS)
 def test_every_number(name, capsys):
     """Each flag that is a number refuses -1, nan and inf in one line that names it, with exit code 2."""
     module = importlib.import_module(name)
@@ -552,7 +553,7 @@ def test_every_number(name, capsys):
             )
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", FILES + APPLICATIONS)
 @pytest.mark.parametrize("flag", ["resume", "eval"])
 def test_empty_paths(name, flag, tmp_path, capsys, monkeypatch):
     """An empty path, as of a variable that is not set, is no path: nothing is trained instead."""

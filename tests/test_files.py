@@ -13,10 +13,11 @@ import sys
 
 import pytest
 import shape_comments
-from helpers import AGENTS, FILES
+from helpers import AGENTS, APPLICATIONS, FILES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LINES = {"planet": 1050, "dreamerv2": 1200, "merlin": 980, "dreamerv3": 1250, "ftw": 1250, "gumbel_softmax": 720}
+LINES |= {"vqgan": 650, "sac_discrete": 350}
 # Everything counted. No file grows: what a feature adds has to go elsewhere, or replaces something.
 SECTIONS = [  # those of Replay and make_envs: in agents only
     "# SPDX-License-Identifier: MIT",
@@ -36,18 +37,20 @@ SECTIONS = [  # those of Replay and make_envs: in agents only
     "def evaluate",
     'if __name__ == "__main__":',
 ]
+ACTING = [*AGENTS, "sac_discrete"]
 COMPOUND = ast.If | ast.For | ast.While | ast.With | ast.Try | ast.FunctionDef | ast.Match
-file = pytest.mark.parametrize("name", FILES)
+PATHS = {name: ROOT / f"{name}.py" for name in FILES} | {x: ROOT / "applications" / f"{x}.py" for x in APPLICATIONS}
+file = pytest.mark.parametrize("name", PATHS)
 DEBUG = ["--size", "debug", "--device", "cpu"]  # with the flags of SHORT a run of seconds; its folder begins with RUN
 SHORT = {name: ["--env-id", "CartPole-v1", "--total-timesteps", 120] for name in AGENTS}
 SHORT |= {"merlin": ["--total-timesteps", 200], "gumbel_softmax": ["--estimator", "st", "--total-steps", 20]}
-SHORT |= {"ftw": ["--total-games", 8]}
+SHORT |= {"ftw": ["--total-games", 8], "vqgan": [], "sac_discrete": []}
 RUN = {name: "CartPole-v1" for name in AGENTS} | {"merlin": "MemoryGame-6-v0", "gumbel_softmax": "vae-categorical-st"}
-RUN |= {"ftw": "CaptureTheFlag"}
+RUN |= {"ftw": "CaptureTheFlag", "vqgan": "vq", "sac_discrete": "CartPole-v1"}
 
 
 def read(name):
-    source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    source = PATHS[name].read_text(encoding="utf-8")
     return source, ast.parse(source)
 
 
@@ -103,7 +106,7 @@ def test_budgets(name):
 def test_order(name):
     """The sections stand in the order that all files share, each once; the last one is parse and train only."""
     source, tree = read(name)
-    sections = [text for text in SECTIONS if name in AGENTS or text not in ("class Replay", "def make_envs")]
+    sections = [text for text in SECTIONS if name in ACTING or text not in ("class Replay", "def make_envs")]
     starts = [[i for i, line in enumerate(source.splitlines()) if line.startswith(text)] for text in sections]
     for text, found in zip(sections, starts, strict=True):
         assert found and (len(found) == 1 or text in ('"""', "import ")), f"{text}: lines {found}"
@@ -145,13 +148,13 @@ def test_dependencies_are_the_requirements():
     """requirements.txt lists what the PEP 723 blocks of all files list together, bound by bound."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     required = {line.split("#")[0].strip() for line in lines} - {""}
-    assert required == set().union(*map(dependencies, FILES))
+    assert required == set().union(*map(dependencies, PATHS))
 
 
 @file
 def test_help(name):
     """--help exits with 0; every field of Args is a flag there, with the text of its trailing comment."""
-    result = python(ROOT / f"{name}.py", "--help", cwd=ROOT, COLUMNS="120", PYTHONIOENCODING="utf-8")
+    result = python(PATHS[name], "--help", cwd=ROOT, COLUMNS="120", PYTHONIOENCODING="utf-8")
     assert result.returncode == 0, result.stderr
     shown = " ".join(re.sub(r"[│╭╰─╮╯]", " ", result.stdout).split())
     source, tree = read(name)
@@ -166,7 +169,7 @@ def test_help(name):
 @file
 def test_import_has_no_side_effects(name, tmp_path):
     """Importing touches no random state, device, environment variable, argument or file, and stays light."""
-    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    shutil.copy(PATHS[name], tmp_path)
     (tmp_path / "probe.py").write_text(
         f"""
 import os, random, sys
@@ -193,7 +196,7 @@ def test_copy_out(name, tmp_path):
     """A file alone, renamed, in an empty folder, runs; the run has the new name, and nothing else is written."""
     folder, home = tmp_path / "project", tmp_path / "home"
     folder.mkdir(), home.mkdir()
-    shutil.copy(ROOT / f"{name}.py", folder / "my_agent.py")
+    shutil.copy(PATHS[name], folder / "my_agent.py")
     result = python("my_agent.py", *DEBUG, *SHORT[name], cwd=folder, HOME=str(home), OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     assert {path.name for path in folder.iterdir()} == {"my_agent.py", "runs"}

@@ -45,7 +45,7 @@ def test_cartpole_is_held():
 
 
 def test_cards_are_found():
-    """Far above random play (-7.5) and what an agent without memory gets."""
+    """Random play earns -7.2, a player who remembers 2."""
     merlin = importlib.import_module("merlin")
     agent, args = merlin.load_agent(FOLDER / "merlin_memory_game_6.pt", merlin.Args(device="cpu"))
     assert np.mean(merlin.evaluate(agent, args, 100)) > 0

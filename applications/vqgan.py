@@ -134,7 +134,7 @@ def quantize(z, codebook):
 
 @torch.no_grad()
 def ema_codebook(usage, sums, z, codes, decay=DECAY):
-    """VQ-VAE-2, eq. 2: N_i <- decay N_i + (1 - decay) n_i, m_i <- decay m_i + (1 - decay) sum of the z of code i, and
+    """VQ-VAE-2, 2.1: N_i <- decay N_i + (1 - decay) n_i, m_i <- decay m_i + (1 - decay) sum of the z of code i, and
     the code m_i / N_i: k-means whose memory fades. usage (K) and sums (K, D) in place; z: (N, D) -> codebook (K, D).
     """
     onehot = F.one_hot(codes, len(usage)).to(z)  # (N, K)

@@ -30,6 +30,7 @@ import io
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -81,7 +82,7 @@ def load(path, ranks):
         shared = {"merlin": ["num_envs"], "ftw": ["population", "games"]}.get(path.stem, ["batch_size"])
         for name in [name for name in shared if getattr(args, name) % ranks.size]:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            ranks.refuse(module, f"{flag}: allowed with {ranks.size} ranks: a multiple of that")
+            say(f"{flag}: allowed with {ranks.size} ranks: a multiple of that")
         ranks.updates = rest[-1]["now"]["updates"] if rest[-1] else 0
         return open_run(args, *rest) if ranks.rank == 0 else ranks.stand_by(args, *rest)
 
@@ -116,12 +117,6 @@ class Ranks:
     def device(self, args):
         """-> where this rank computes."""
         return torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else f"cuda:{self.local}")
-
-    def refuse(self, module, message):
-        """Bad input: rank 0 says so."""
-        if self.rank:
-            raise SystemExit(2)
-        module.fail(message)
 
     def together(self, fn):
         """fn: () -> None, a call that all ranks make. Where one is gone, rank 0 says what happened."""
@@ -318,21 +313,29 @@ def work(module, args, ranks):
         update.compute(None)
 
 
+def say(message):
+    """Bad input: one line, of rank 0. The others wait for torchrun to end them, or they would end it before it speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    else:
+        time.sleep(60)
+    raise SystemExit(2)
+
+
 def main():
-    known = ", ".join(f"{name}.py" for name in SEAMS)
     if Path(sys.argv[1] if len(sys.argv) > 1 else "").stem not in SEAMS or "RANK" not in os.environ:
-        print(f"error: allowed: torchrun --nproc-per-node N results/ranks.py FILE FLAGS, with {known}", file=sys.stderr)
-        raise SystemExit(2)
+        files = ", ".join(f"{name}.py" for name in SEAMS)
+        say(f"allowed: torchrun --nproc-per-node N results/ranks.py FILE FLAGS, with {files}")
     population = Path(sys.argv[1]).stem == "ftw"
     ranks = Parts() if population else Ranks()
     sys.path.insert(0, str(Path(sys.argv[1]).resolve().parent))
     module = load(sys.argv[1], ranks)
     args = tyro.cli(module.Args, description=module.__doc__, args=sys.argv[2:])
     if args.device not in ("auto", "cpu", "cuda"):
-        ranks.refuse(module, f"--device {args.device}: allowed with ranks: auto, cpu, cuda, as each has its own")
+        say(f"--device {args.device}: allowed with ranks: auto, cpu, cuda, as each has its own")
     if ranks.device(args).type == "cuda" and int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
         allowed = f"{torch.cuda.device_count()} ranks here, one for each GPU"
-        ranks.refuse(module, f"--device {args.device}: allowed: {allowed}")
+        say(f"--device {args.device}: allowed: {allowed}")
     if ranks.rank == 0:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # another rank has died: train says where it stopped
     else:

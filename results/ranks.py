@@ -314,7 +314,7 @@ def work(module, args, ranks):
 
 
 def say(message):
-    """Bad input: one line, of rank 0. The others wait for torchrun to end them, or they would end it before it speaks."""
+    """Bad input: one line of rank 0. The others wait for torchrun to end them: the first to go is the one it reports."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
     else:

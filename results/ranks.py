@@ -314,7 +314,7 @@ def work(module, args, ranks):
 
 
 def say(message):
-    """Bad input: one line of rank 0. The others wait for torchrun to end them: the first to go is the one it reports."""
+    """Bad input: one line of rank 0. The others wait for torchrun to end them, as the first to go ends all."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
     else:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What goes wrong outside: kill -9, full disks, broken files, environments that raise, losses that are not finite."""
 
-import itertools
 import os
 import pathlib
 import random
@@ -15,7 +14,7 @@ import gymnasium as gym
 import pytest
 import torch
 import toy_envs
-from helpers import experience, gif, known, short
+from helpers import experience, full_disk, gif, known, short
 from kills import MOMENTS
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -236,15 +235,7 @@ def test_reward_is_not_finite(module, tmp_path, value):
 @pytest.mark.parametrize("file", ["rows", "checkpoint"])
 def test_disk_is_full(module, tmp_path, monkeypatch, file):
     """No space while the second checkpoint is written, in any of its parts: the first one stays good."""
-    real, calls = torch.save, itertools.count()
-
-    def full(state, target):
-        if pathlib.Path(target.name).name.startswith(file) and next(calls) == 1:
-            target.write(b"half of it")
-            raise OSError(28, "No space left on device")
-        return real(state, target)
-
-    monkeypatch.setattr(torch, "save", full)
+    real = full_disk(monkeypatch, lambda target: pathlib.Path(target.name).name.startswith(file))
     args = short(module, "Tiny-vector-discrete-v0", tmp_path, checkpoint_every=40)
     run = stopped(module, args, "policy step 8", "No space left", str(tmp_path))
     monkeypatch.setattr(torch, "save", real)

@@ -70,7 +70,7 @@ def test_broken_parts(tree):
 def test_weights_fit(tmp_path, monkeypatch):
     """What comes back of a large net: bfloat16, without the heads that only training needs. It still acts the same."""
     monkeypatch.syspath_prepend(str(ROOT / "results"))
-    import gpu
+    import agents
 
     args = dreamerv3.resolve(dreamerv3.Args(env_id="CartPole-v1", size="1m", device="cpu"))
     envs = dreamerv3.make_envs(args.env_id, 1, 0, args)
@@ -78,7 +78,7 @@ def test_weights_fit(tmp_path, monkeypatch):
     saved, row = tmp_path / "checkpoint.pt", dreamerv3.start_row(envs, 0)
     dreamerv3.save(saved, args=vars(args), agent=agent.state_dict(), source="")
     for most in 10**9, 1000:
-        gpu.shrink(saved, tmp_path / "weights.pt", most)
+        agents.shrink(saved, tmp_path / "weights.pt", most)
         again, _ = dreamerv3.load_agent(tmp_path / "weights.pt")
         states = [x.act(x.inputs(row, x.initial(1)), eval=True)["deter"] for x in (agent, again)]
         assert (states[0] - states[1]).abs().max() < 0.02

@@ -23,7 +23,7 @@ import table1
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from helpers import Evil, same
+from helpers import Evil, full_disk, same
 from helpers import gumbel_agent as agent_of
 
 import gumbel_softmax as module
@@ -962,15 +962,7 @@ def test_loss_is_not_finite(folder, tmp_path, monkeypatch, when):
 
 def test_disk_is_full(folder, tmp_path, monkeypatch):
     """No space while a checkpoint is written: the one before stays, no half file is left."""
-    real, calls = torch.save, itertools.count()
-
-    def full(state, file):
-        if next(calls) == 1:
-            file.write(b"half")
-            raise OSError(28, "No space left on device")
-        return real(state, file)
-
-    monkeypatch.setattr(torch, "save", full)
+    real = full_disk(monkeypatch)
     with pytest.raises(RuntimeError, match="step 20: OSError: .*No space"):
         module.train(short(folder, tmp_path))
     (run,) = tmp_path.iterdir()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import vqgan as module
-from helpers import Evil, same
+from helpers import Evil, full_disk, same
 
 F64 = torch.float64
 GREY = dict(channels=1, side=28, variance=0.1, words="zero one two three four five six seven eight nine".split())
@@ -665,15 +665,7 @@ def test_loss_is_not_finite(folder, tmp_path, monkeypatch, stage, step):
 
 def test_disk_is_full(folder, tmp_path, monkeypatch):
     """No space while a checkpoint is written: the one before stays, no half file is left."""
-    real, calls = torch.save, itertools.count()
-
-    def full(state, file):
-        if next(calls) == 1:
-            file.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        return real(state, file)
-
-    monkeypatch.setattr(torch, "save", full)
+    full_disk(monkeypatch)
     with pytest.raises(RuntimeError, match="step 6: OSError: .*No space"):
         module.train(short(folder, tmp_path))
     (run,) = tmp_path.iterdir()

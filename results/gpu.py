@@ -420,22 +420,9 @@ def show(args, folders):
         run(command, time.time() + 30)  # fails until a first episode has ended
     saved, mine = newest(next(iter(folders.values()))) / "checkpoint.pt", args.out / "weights.pt"
     if saved.exists() and (not mine.exists() or saved.stat().st_mtime > mine.stat().st_mtime):
-        shrink(saved, mine)
+        from agents import shrink
 
-
-def shrink(saved, path, most=15 * 2**20):
-    """What load_agent needs of a checkpoint. Weights of more than so many bytes: in bfloat16, and zeros in place of the
-    heads that only training needs. The 12m agent for Atari then has 15.8 MiB.
-    """
-    import torch
-
-    state = torch.load(saved, map_location="cpu", weights_only=True)
-    agent, unused = state["agent"], ("reward.", "cont.", "critic.", "slow_critic.")
-    if sum(x.nbytes for x in agent.values()) > most:
-        agent = {key: x.bfloat16() if x.numel() > 1024 else x for key, x in agent.items()}
-        agent = {key: torch.zeros(()).expand(x.shape) if key.startswith(unused) else x for key, x in agent.items()}
-    torch.save({"args": state["args"], "agent": agent, "source": state["source"]}, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+        shrink(saved, mine, most=15 * 2**20)
 
 
 def learn(args):

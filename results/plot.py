@@ -69,6 +69,13 @@ def draw_groups(axes, curves, flags, window):
         axes.fill_between(grid, lines.min(0), lines.max(0), color=line.get_color(), alpha=0.12, linewidth=0)
 
 
+def published(row):
+    """BENCHMARK,METHOD,TASK of published.csv -> frames, mean over seeds, least, greatest: (4, points)."""
+    with open(HERE / "published.csv") as file:
+        rows = [x for x in csv.DictReader(file) if row.split(",") == list(x.values())[:3]]
+    return np.array([[float(x[key] or "nan") for x in rows] for key in ("step", "mean", "min", "max")])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
@@ -94,9 +101,7 @@ def main():
     if args.by:
         draw_groups(axes, curves, args.by.split(","), args.window)
     if args.published:
-        with open(HERE / "published.csv") as file:
-            rows = [row for row in csv.DictReader(file) if args.published.split(",") == list(row.values())[:3]]
-        steps, mean, low, high = ([float(row[key] or "nan") for row in rows] for key in ("step", "mean", "min", "max"))
+        steps, mean, low, high = published(args.published)
         axes.plot(steps, mean, "k--", label="published " + args.published)
         axes.fill_between(steps, low, high, color="k", alpha=0.1, linewidth=0)
         axes.set_xlim(0, 1.5 * max(frames[-1] for _, frames, _ in curves))

@@ -78,7 +78,7 @@ def load(path, ranks):
     module.RANKS, open_run = ranks, module.open_run
 
     def checked(args, *rest):
-        """Before anything is written: can the batch be shared out, and is there a GPU for each rank?"""
+        """Before anything is written: can what all ranks share be shared out?"""
         shared = {"merlin": ["num_envs"], "ftw": ["population", "games"]}.get(path.stem, ["batch_size"])
         for name in [name for name in shared if getattr(args, name) % ranks.size]:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
@@ -119,9 +119,9 @@ class Ranks:
         return torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else f"cuda:{self.local}")
 
     def together(self, fn):
-        """fn: () -> None, a call that all ranks make. Where one is gone, rank 0 says what happened."""
+        """A call that all ranks make -> its result. Where one is gone, rank 0 says what happened."""
         try:
-            fn()
+            return fn()
         except RuntimeError as error:
             if self.rank and "onnection" in str(error):
                 raise SystemExit(1) from None
@@ -167,12 +167,6 @@ class Ranks:
         dist.broadcast_object_list(box, device=torch.device("cpu"))
         return box[0]
 
-    def hear(self):
-        """-> what rank 0 tells."""
-        box = []
-        self.together(lambda: box.append(self.tell()))
-        return box[0]
-
     def share(self, batch, shapes, device):
         """Rank 0's {key: (B, ...)} -> each rank's {key: (B / ranks, ...)}. shapes: (key, shape of a part, dtype)."""
         parts = {}
@@ -216,9 +210,8 @@ class Parts(Ranks):
             for x, part in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
                 x.copy_(part.view_as(x))
         own = {p: {key: float(x) for key, x in stats[p].items()} for p in match.act}
-        outcomes, totals, every, updates = zip(
-            *self.gather_objects((match.outcome, match.totals, own, now["updates"] - self.updates)), strict=True
-        )
+        told = self.gather_objects((match.outcome, match.totals, own, now["updates"] - self.updates))
+        outcomes, totals, every, updates = zip(*told, strict=True)
         match.who, match.outcome, match.totals = who, np.concatenate(outcomes), sum(totals)
         for own in every:
             stats.update(own)
@@ -296,7 +289,7 @@ class Update:
 
 def work(module, args, ranks):
     """All ranks but 0: updates of a copy of the agent, until rank 0 has no more."""
-    message = ranks.hear()
+    message = ranks.together(ranks.tell)
     if message == "end":
         return
     saved, on, shapes, seed = message
@@ -309,7 +302,7 @@ def work(module, args, ranks):
     torch.manual_seed(seed + 10**12 * ranks.rank)  # rank 0 has the flag's and the step's
     update = Update(agent.update, on, ranks)
     update.shapes = shapes
-    while ranks.hear() != "end":
+    while ranks.together(ranks.tell) != "end":
         update.compute(None)
 
 

@@ -12,8 +12,7 @@ import pathlib
 import re
 import sys
 
-from latex2mathml.converter import convert
-from prose import CITE, cite, inline, prose
+from prose import CITE, cite, inline, mathml, prose
 from pygments.formatters import HtmlFormatter
 from source import File
 
@@ -48,10 +47,8 @@ def equations(file):
     known, out = re.search(rf"(?ms)^## {file.stem}$(.*?)(?=^## |\Z)", (DOCS / "equations.md").read_text("utf-8")), ""
     for match in re.finditer(r"(?m)^- (.*?): \$(.*)\$$", known[1] if known else ""):
         (key,), name = cite(CITE.search(match[1]))[0], match[1]
-        maths = convert(match[2]).replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")
-        maths = re.sub(r"(?<=<mi>ln</mi>)(?=<m(?:sub|i|text)>)", '<mspace width="0.17em"/>', maths)
         places = ", ".join(f'<a href="#{x}">{x}</a>' for x in file.cites.get(key, {}))
-        out += f'<li id="{key}"><b>{name}</b> {places}<div class="eq">{maths}</div></li>\n'
+        out += f'<li id="{key}"><b>{name}</b> {places}<div class="eq">{mathml(match[2])}</div></li>\n'
     return f'<section id="equations"><h2>Equations cited</h2><ul>{out}</ul></section>' if out else ""
 
 

@@ -1,190 +1,95 @@
 # SPDX-License-Identifier: MIT
 """Docstrings -> HTML: paragraphs and lists, shapes and names in monospace, citations with links, formulas as MathML.
 
-A formula stands in a docstring as plain text. It is typeset where the text is certain to be one, else left as it is, in
-monospace. The grammar is what the docstrings keep to: known names, x_t, x_{t+1}, x^2, x', |x|, sg(x), KL(p || q), <-,
-~; a product is two factors with a space between. Nothing is put in another order and nothing is left out; the text is
-the title of what is typeset. A formula that would go on where the grammar ends is not typeset.
+A formula stands in a docstring as plain text: known names, x_t, x_{t+1}, x^2, x', |x|, sg(x), KL(p || q), <-, ~; a
+product is two terms with a space between. The longest run of these with its brackets closed is one if it has a sign
+that words do not have. A run that goes on with what is not known stays text, in monospace: it may mean something else.
 """
 
 import html
 import re
+from xml.etree import ElementTree
 
+from latex2mathml.converter import convert
 from markdown_it import MarkdownIt
 
 CITE = re.compile(r"(?:([\w-]+),? \(?)?\b([Ee]q)\. (\d+(?:(?:, | to | and )\d+)*)")  # eq.: of the paper named before it
 SHAPE = r"(?<![\w)])\((?:[A-Z]|(?=[^()]*(?:,|\.\.\.))[A-Zhnw\d*+/,. -]+)\)"
 VERBATIM = re.compile(rf"{CITE.pattern}|{SHAPE}|--[a-z][\w-]*|\b\w+\[[^\]\n]*\]|(?<![_^]){{[^{{}}]*}}")
 WORD = re.compile(r"\*[\w-]+\*|\b[A-Za-z]\w*(?:\.\w+)*")
+
 GREEK = dict(lam="λ", eta="η", rho="ρ", gamma="γ", beta="β", tau="τ", mu="μ", theta="θ", pi="π", sigma="σ", eps="ε")
-FUNCTIONS = "ln exp sqrt sign softmax sigmoid softplus tanh floor min max grad sum KL CE sg Exp".split()
-FUNCTIONS += "symlog symexp twohot one-hot arg-max arg-min".split()
-FACTORS = "agc all balance bits clip decay disc lr mix scale slope slow std warmup".split()  # words that multiply
-WORDS = "bins fake guidance logits mean noise obs outscale post prior real temperature u8 Gumbel".split() + FACTORS
-OPERATORS = {"+": "+", "-": "−", "*": "·", "/": "/", "||": "∥", ".": "·", "x": "×"}
-SIGNS = {"-": "−", "+-": "±"}
-RELATIONS = {"=": "=", "<-": "←", "~": "∼", ">": "&gt;", "<": "&lt;", "<=": "≤", ">=": "≥"}
-CLOSING = {"(": ")", "[": "]", "{": "}"}
-NUMBER = r"\d+(?:,\d{3})+|\d+(?:\.\d+)?(?:e-?\d+)?"
-TOKEN = re.compile(rf"\s+|(?:arg-max|arg-min|one-hot)\b|[A-Za-z]+\d*|{NUMBER}|<-|->|<=|>=|\|\||\+-|.")
-NAME = re.compile(r"[A-Za-z]|(?:beta|mean|std)\d|" + "|".join([*GREEK, *WORDS, *FUNCTIONS]))
-SPACE = '<mspace width="0.2em"/>'
-BREAK = "\0"  # where a line may end: before an operator or a factor outside of scripts and roots
+FUNCTION = "(?:ln|exp|sqrt|sign|softmax|sigmoid|softplus|tanh|floor|min|max|grad|sum|KL|CE|sg|Exp|symlog|symexp|twohot"
+FUNCTION += "|one-hot|arg-max|arg-min)"
+FACTOR = "agc|all|balance|bits|clip|decay|disc|logits|lr|mix|scale|slope|slow|std|warmup"
+NOUN = "bins|fake|guidance|mean|noise|obs|outscale|post|prior|real|temperature|u8|Gumbel"  # no factor of a product
+NAME = rf"(?:[A-Za-z]|(?:beta|mean|std)\d|{'|'.join(GREEK)}|{FACTOR}|{NOUN}|(?<=_)[A-Za-z]{{2,3}})(?![A-Za-z\d])"
+NUMBER = r"(?:\d+(?:,\d{3})+|\d+(?:\.\d+)?(?:e-?\d+)?)(?![A-Za-z_\d])"
+ENGLISH = r"(?:a|A|I)(?![\w^'(])"  # words, unless something hangs on them
+JOINTS = (  # what may stand between two terms
+    r"\s?(?:<-|[<>]=?|[=~])\s?",
+    r"\s(?:[-+*/.]|\|\||x(?=\s(?:[A-Z]\b|\d)))\s|[+*/]|(?<!\d)-",  # spaces on both sides or on none
+    r"[_^](?=[({]|-?(?:\d|bits|[A-Za-z]\b))|(?<=\b[A-Za-z])_(?=[A-Za-z]{2,3}\b)",  # short, unlike the names of code
+    r"(?<=[A-Za-z])(?=\()",  # a function and its arguments
+    rf"(?<!{NOUN.replace('|', ')(?<!')}) (?![-+\d]|{ENGLISH}|(?:{NOUN})\b|\([A-Z],)",  # two factors
+)
+JOINT = f"(?:{'|'.join(JOINTS)})"
+term = lambda inside: (
+    rf"-?(?:{FUNCTION}\s)*(?:{NUMBER}|{FUNCTION}(?=[(_^])|{NAME}(?:'(?![A-Za-z]))*|[(\[{{]{inside}[)\]}}]|\|{inside}\|)"
+)
+INSIDE, CLAUSE = "(?!)", r"[^()\[\]{}]"
+for _ in range(4):  # brackets within brackets, as deep as formulas are
+    INSIDE = rf"(?:(?:(?<=[(\[{{|])|(?<![(\[{{])(?:[,;|]\s?|{JOINT})){term(INSIDE)})+"
+    CLAUSE = rf"(?:[^()\[\]{{}}]|[(\[{{]{CLAUSE}*[)\]}}])"
+FORMULA = re.compile(rf"(?<![\w'\"`.)\]-])(?!{ENGLISH}){term(INSIDE)}(?:{JOINT}{term(INSIDE)})*")
+CLAUSE = re.compile(rf"(?:(?![,;:.](?:\s|$)|\s\s|\n){CLAUSE})*")
+SIGN = re.compile(r"\w\(|[_^'+*/=~<>]|\|\||(?<!one)(?<!arg)(?<!\de)-| \. | x (?=[A-Z\d])")
+GOES_ON = re.compile(rf"[\w(\[{{'\"`^]|\s?(?:[+*/=~<>]|-(?!>)|\|\|)|\s{FUNCTION}\b")
+SIGNS = {"<-": "←", r"\|\|": "∥", "<=": "≤", ">=": "≥", "~": "∼", r"\*| \. ": "·", r" x (?=[A-Z\d])": "×"}
+LATEX = (  # (plain text, LaTeX), one after the other
+    (rf"(?<![\w)\]}}'|])\|({INSIDE})\|", r"{|\1|}"),  # not the bar of p(a|b)
+    (rf"\bsqrt\(({INSIDE})\)", r"\\sqrt{\1}"),
+    (rf"([_^])\(({INSIDE})\)", r"\1{\2}"),
+    *SIGNS.items(),
+    (r"\b(beta|mean|std)(\d)", r"\1_\2"),
+    (r"([_^])(-?[A-Za-z\d]+)", r"\1{\2}"),
+    (rf"\b({'|'.join(GREEK)})(?![A-Za-z])", lambda match: GREEK[match[1]]),
+    (rf"\b({FUNCTION}) (?=[\w(|])", r"\1\\,"),
+    (r"(?<=[\w)\]}']) (?=[\w(\[{\\])", r"\\hspace{0em}\\,"),  # a product
+    (r" (?=[-+=←∼<>≤≥] )", r"\\hspace{0em}"),  # a line may end before a sign
+    (r"(?<![\\\w.])(u8|[a-z]+-(?:hot|max|min)|[A-Za-z]{2,}|[\d.]+e-?\d+|\d+(?:,\d{3})+)(?![A-Za-z\d])", r"\\text{\1}"),
+)
 
 
-class Parser:
-    """Recursive descent. Each method takes the place of a token, and returns (MathML, the place behind it) or None."""
-
-    def __init__(self, tokens):
-        self.tokens, self.signs = tokens, 0  # signs: how many signs were seen that words do not have
-
-    def at(self, i):
-        return self.tokens[i] if 0 <= i < len(self.tokens) else ""
-
-    def skip(self, i):
-        """The place behind a space, if there is one."""
-        return i + self.at(i).isspace()
-
-    def relation(self, i):
-        """a = b, a <- b, a ~ b, as long as there is a right-hand side."""
-        result = self.expression(i)
-        while result and self.at(j := self.skip(result[1])) in RELATIONS:
-            right = self.expression(self.skip(j + 1))
-            if not right:
-                break
-            self.signs += 1
-            result = f'{result[0]}{BREAK}<mo form="infix">{RELATIONS[self.at(j)]}</mo>{right[0]}', right[1]
-        return result
-
-    def expression(self, i):
-        """Factors with operators or one space between them; a sign in front."""
-        sign = f"<mo>{SIGNS[self.at(i)]}</mo>" if self.at(i) in SIGNS else ""
-        result = self.factor(i + bool(sign))
-        if not result:
-            return None
-        out, i = sign + result[0], result[1]
-        while True:
-            last, j = self.at(i - 1), self.skip(i)
-            operator, behind = self.at(j), self.skip(j + 1)
-            fits = operator in OPERATORS and (behind > j + 1) == (j > i)  # spaces on both sides or on none
-            fits &= j > i or operator in "+*/" or operator == "-" and not re.match(NUMBER, last)
-            fits &= operator != "x" or re.fullmatch(rf"[A-Z]|{NUMBER}", self.at(behind)) is not None
-            if fits and (right := self.factor(behind)):
-                out += BREAK * (operator in "+-") + f'<mo form="infix">{OPERATORS[operator]}</mo>{right[0]}'
-                i, self.signs = right[1], self.signs + 1
-            elif self.at(i) == " " and self.multiplies(last, j) and (right := self.factor(j)):
-                out, i = out + BREAK + SPACE + right[0], right[1]
-            else:
-                return out, i
-
-    def multiplies(self, last, i):
-        """Is what begins at a token a factor of what ends with last, and not the next word?"""
-        token, hangs = self.at(i), self.at(i + 1) in ("_", "^", "'", "(")
-        prose = last not in FACTORS and {last, token} & set(WORDS) - set(FACTORS)
-        return not prose and not re.match(NUMBER, token) and (hangs or token not in ("a", "A", "I"))
-
-    def factor(self, i):
-        """A number, a name, a call, or a bracket, with what hangs on it: _x, ^x, '."""
-        token, result = self.at(i), None
-        if re.fullmatch(NUMBER, token) and not re.match(r"[A-Za-z_]", self.at(i + 1)):
-            result = f"<mn>{token}</mn>", i + 1
-        elif token == "|":
-            inner = self.relation(i + 1)
-            if inner and self.at(inner[1]) == "|":
-                bar = "<mo stretchy='false'>|</mo>"
-                result = f"<mrow>{bar}{inner[0].replace(BREAK, '')}{bar}</mrow>", inner[1] + 1
-        elif token in ("(", "["):
-            result = self.bracket(i, several=token == "[")
-        elif NAME.fullmatch(token):
-            result = self.named(i, token)
-        return result and self.scripts(*result, len(token))
-
-    def named(self, i, name):
-        """A variable, or a function with its arguments; without brackets a function is of the factor behind it."""
-        word, digit = re.fullmatch(r"(.*?)(\d?)", name).groups() if name != "u8" else (name, "")
-        out = f"<mi>{GREEK.get(word, word)}</mi>"
-        out = f"<msub>{out}<mn>{digit}</mn></msub>" if digit else out
-        if self.at(i + 1) == "(":
-            inner, self.signs = self.bracket(i + 1, several=True, shown=name != "sqrt"), self.signs + 1
-            root = inner and f"<msqrt>{inner[0].replace(BREAK, '')}</msqrt>"
-            return inner and (root if name == "sqrt" else out + inner[0], inner[1])
-        if name in FUNCTIONS and self.at(i + 1) not in ("_", "^"):
-            inner = self.factor(i + 2) if self.at(i + 1) == " " else None
-            return inner and (out + SPACE + inner[0], inner[1])
-        return out, i + 1
-
-    def scripts(self, base, i, length):
-        """Sub- and superscripts and primes, directly behind a factor; length: of its name. Words have short ones."""
-        plain = re.compile(rf"\d|[A-Za-z]{{1,{3 if length == 1 else 1}}}|bits")
-        while self.at(i) and self.at(i) in "_^'":
-            kind, place = self.at(i), i + 1 + (self.at(i + 1) == "-")
-            inner = self.bracket(i + 1, several=True, shown=False) if self.at(i + 1) in CLOSING else None
-            if kind == "'" and not self.at(i + 1).isalpha():
-                base, i = f"<msup>{base}<mo>′</mo></msup>", i + 1
-            elif kind != "'" and inner:
-                base, i = self.script(kind, base, inner[0]), inner[1]
-            elif kind != "'" and plain.fullmatch(self.at(place)):
-                sign = "<mo>−</mo>" * (place > i + 1)
-                base, i = self.script(kind, base, f"{sign}<mi>{self.at(place)}</mi>"), place + 1
-            else:
-                return None
-            self.signs += 1
-        return base, i
-
-    def script(self, kind, base, inner):
-        if kind == "^" and base.startswith("<msub>") and base.find("</msub>") == len(base) - len("</msub>"):
-            return f"<msubsup>{base[len('<msub>') : -len('</msub>')]}<mrow>{inner}</mrow></msubsup>".replace(BREAK, "")
-        tag = {"_": "msub", "^": "msup"}[kind]
-        return f"<{tag}><mrow>{base}</mrow><mrow>{inner}</mrow></{tag}>".replace(BREAK, "")
-
-    def bracket(self, i, several, shown=True):
-        """( ... ), [ ... ], { ... } with one relation, or several with commas, semicolons or a bar between them."""
-        opening, out, i = self.at(i), "", i + 1
-        while inner := self.relation(self.skip(i)):
-            out, i = out + inner[0], self.skip(inner[1])
-            if self.at(i) == CLOSING[opening]:
-                mo = "<mo stretchy='false' form='{}'>{}</mo>".format
-                return mo("prefix", opening) + out + mo("postfix", self.at(i)) if shown else out, i + 1
-            if not several or self.at(i) not in (",", ";", "|"):
-                return None
-            out, i = f"{out}<mo>{self.at(i)}</mo>", i + 1
-        return None
+def mathml(latex):
+    """LaTeX -> MathML, cut where a space of no width, outside of scripts and roots, lets a line end."""
+    row = ElementTree.fromstring(re.sub(' xmlns="[^"]*"', "", convert(latex.replace(r"\ln ", r"\ln\,"))))[0]
+    for sign in row.iter("mi"):  # the library takes a sign that it does not know for a name
+        if not sign.text.isalnum() and sign.text != "…":
+            sign.tag, sign.text = "mo", sign.text.replace("~", "∼")
+    parts = (ElementTree.tostring(part, "unicode") for part in row)
+    maths = "".join("</math><wbr><math>" if part == '<mspace width="0em" />' else part for part in parts)
+    return "<math>{}</math>".format(maths.replace("<wbr><math><mo>", '<wbr><math><mo form="infix">'))
 
 
-def clause_end(text, start):
-    """Where a clause ends: before , ; : . or two spaces outside of brackets, or before the bracket around it closes."""
-    depth = 0
-    for n in range(start, len(text)):
-        depth += (text[n] in "([{") - (text[n] in ")]}")
-        if depth < 0 or depth == 0 and re.compile(r"[,;:.](?=\s|$)|\s\s|\n").match(text, n):
-            return n
-    return len(text)
+def typeset(plain):
+    """A formula -> HTML. Nothing is put in another order and nothing is left out; the text is its title."""
+    latex = plain
+    for old, new in LATEX:
+        latex = re.sub(old, new, latex)
+    return f'<span class="formula" title="{html.escape(plain)}">{mathml(latex)}</span>'
 
 
 def find(text):
-    """-> [(start, end, MathML)] of the formulas in a text; MathML is "" where one begins that is not certain."""
-    tokens, starts, found, i = TOKEN.findall(text), [0], [], 0
-    for token in tokens:
-        starts.append(starts[-1] + len(token))
-    while i < len(tokens):
-        parser, end = Parser(tokens), i + 1
-        begins = not tokens[i].isspace() and not (i and re.search(r"[\w'\"`.)\]-]$", tokens[i - 1]))
-        begins &= tokens[i] not in ("a", "A", "I") or parser.at(i + 1) in ("_", "'", "(")
-        result = parser.relation(i) if begins else None
-        call = begins and NAME.fullmatch(tokens[i]) and parser.at(i + 1) == "("
-        if call or result and parser.signs and re.search("[A-Za-z]", "".join(tokens[i : result[1]])):
-            end = result[1] if result else i + 1
-            after = parser.at(parser.skip(end))  # a formula that would go on has not been understood
-            certain = result and not re.match(r"[\w(\[{'\"`^]", parser.at(end))
-            certain = certain and after not in {*OPERATORS, *RELATIONS, *FUNCTIONS} - {".", "x"}
-            if not certain:
-                stop = clause_end(text, starts[i])
-                end = next(n for n, start in enumerate(starts) if start >= stop)
-            source = html.escape(text[starts[i] : starts[end]])
-            maths = f"<math>{result[0]}</math>".replace(BREAK, "</math><wbr><math>") if certain else ""
-            typeset = f'<span class="formula" title="{source}">{maths}</span>' if certain else ""
-            found.append((starts[i], starts[end], typeset))
-        i = end
+    """-> [(start, end, HTML)] of the formulas in a text; what is not certain to be one, up to the end of its clause."""
+    found, end = [], 0
+    while match := FORMULA.search(text, end):
+        start, end = match.span()
+        plain = " ".join(match[0].split())
+        if text.startswith("(", end) or SIGN.search(plain.lstrip("-")) and re.search("[A-Za-z]", plain):
+            goes_on = GOES_ON.match(text, end)
+            end = max(end, CLAUSE.match(text, start).end()) if goes_on else end
+            found.append((start, end, code(text[start:end]) if goes_on else typeset(plain)))
     return found
 
 
@@ -221,9 +126,8 @@ def inline(text, names):
         return f'<a href="#{match[0]}">{shown}</a>' if known else shown
 
     words = lambda x: WORD.sub(word, html.escape(x, quote=False)).replace("-&gt;", "→")
-    maths = lambda x: replaced(x, [(start, end, math or code(x[start:end])) for start, end, math in find(x)], words)
     spans = [(m.start(), m.end(), cite(m)[1] if m[3] else code(m[0])) for m in VERBATIM.finditer(text)]
-    return replaced(text, spans, maths)
+    return replaced(text, spans, lambda x: replaced(x, find(x), words))
 
 
 def prose(text, names):

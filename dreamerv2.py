@@ -27,7 +27,7 @@ Where sources disagree:
   weighs the other side; "annealed from 0.1 to 0" in the paper speaks of that one.
 - The discount of Atari is 0.999, in the text and in every released configuration; 0.995 in the table only.
 - A reward comes with the state it leads to, and a return begins with the reward of its own state. The code then pairs
-  an action with V_{t+1} - v_t, the paper with V_t - v_t: --advantage.
+  an action with V_{t+1} - v_t, the paper with V_t - v_t: --advantage. Code: V_H = v_H; Eq. 4: V_H = r_H + disc_H v_H.
 - All 18 Atari actions (paper, --atari-protocol 200m) or those that the game knows (code, fast).
 - One update per 4 policy steps (paper, --size atari); the code counts so that it is one per 16 (--size atari-fast).
 

@@ -555,7 +555,7 @@ def kl_loss(post, prior, free_nats):
 
 
 def lambda_return(reward, value, disc, lam):
-    """Eq. 5: R_t = r_{t+1} + disc_{t+1} ((1 - lam_{t+1}) v_{t+1} + lam_{t+1} R_{t+1}), with R_T = v_T.
+    """Eq. 5: R_t = r_{t+1} + disc_{t+1} ((1 - lam_{t+1}) v_{t+1} + lam_{t+1} R_{t+1}), R_T = v_T; paper: r_t, c_t, v_t.
     reward, value, disc: (..., T+1), index t is what belongs to state t; lam: a number or (..., T+1) -> (..., T).
     """
     step, decay = reward + disc * (1 - lam) * value, disc * lam

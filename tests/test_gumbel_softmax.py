@@ -419,7 +419,7 @@ def test_temperature_limits():
 
 
 def density(y, logits, temperature):
-    """Eq. 10 of the appendix, K = 2: the density of y[0] on (0, 1)."""
+    """Eq. 3, derived in appendix B, K = 2: the density of y[0] on (0, 1)."""
     p, t = logits.softmax(-1), temperature
     y = torch.stack([y, 1 - y], -1)
     return t * (p * y**-t).sum(-1) ** -2 * (p * y ** (-t - 1)).prod(-1)

@@ -22,13 +22,12 @@ row t sees obs[t], its own reward for the events of row t, and action[t-1]. All 
 
 Differs from the paper, on purpose:
 - A game of our own on small boards in the place of Quake III Arena; four agents in the place of 30.
-- Matches are played in batches, and each agent learns from its places in all of them, synchronously.
+- Matches are played and rated in batches; each agent learns from its places in all of them, synchronously.
 - The memory is that of MERLIN by default, where z is stored and read by content; --memory dnc: as in the paper.
 - Losses are means over rows, where others take sums; the gradient norm is bounded.
 - At first z has a deviation of 0.05 and a mean three times as large, in the place of 0.1 and 1: learning starts sooner.
 - Reward prediction is on the window that is learned from: half of the weight on rows with a reward, no older ones.
 - Half of the matches are against the random player: among equals that let nobody pass, none learns to go round walls.
-- Elo: after a batch of matches, and after rating matches from which nobody learns. The random player has 500.
 """
 
 import ctypes
@@ -61,14 +60,14 @@ class Args:
     env_kwargs: str = "{}"  # arguments for the game, as JSON; of this one: length, view, image
     players: int = 2  # of each team, 1 to 4; of the game of this file
     map: int = 9  # rows and columns of a board with its border: odd, 9 to 17; of the game of this file
-    games: int | None = None  # played at once; by --size, as what else is open below
+    games: int | None = None  # played at once; by --size, as what else is open below; small: 64 for each agent
     population: int | None = None  # agents; paper 30; 1: self-play
     reward: Literal["evolved", "events", "outcome"] = "evolved"  # w evolves | is the same for all | +-1 at the end
     core: Literal["ftw", "flat", "lstm"] = "ftw"  # two time scales | without the slow unit | an LSTM without latents
     memory: Literal["merlin", "dnc", "none"] = "merlin"  # of the core; paper: dnc
     seed: int = 1  # of weights, sampling, matches and boards
     size: Literal["debug", "small", "paper"] = "small"  # networks, window and ranges; small: for a CPU
-    total_games: int | None = None  # matches; small 24_000, paper 450_000 of each agent
+    total_games: int | None = None  # matches; small 24_000 for each agent, paper 450_000
     window: int | None = None  # T, steps through which gradients flow; paper 100
     checkpoint_every: int | None = None  # matches between checkpoints
     log_every: float = 10.0  # seconds between progress lines
@@ -77,7 +76,7 @@ class Args:
     clip: float = 0.2  # largest gradient norm
     decay: float = 0.99  # of the mean square of gradients
     eps: float = 1e-10  # of the optimiser, inside the root; paper 1e-5 for sums, where means have smaller gradients
-    elo_step: float = 2.0  # points that a match is worth at most
+    elo_step: float = 128.0  # points that all matches of a batch are worth at most
     evolve_every: int | None = None  # matches of an agent between two evolutions of it; paper about 1,000
     evolve_above: float = 0.7  # win probability of a team of another agent from which on it is copied
     mutation: float = 0.2  # largest change of a gene, as a share
@@ -102,14 +101,14 @@ class Args:
 
 # fmt: off
 SIZES = {
-    "debug": dict(stoch=8, units=16, rows=8, row_size=8, reads=1, games=4, population=3, window=8, gamma=0.95,
-                  total_games=24, checkpoint_every=12, evolve_every=8, mutation_chance=0.5, rate_every=3),
+    "debug": dict(stoch=8, units=16, rows=8, row_size=8, reads=1, games=2, population=3, window=8, gamma=0.95,
+                  total_games=8, checkpoint_every=4, evolve_every=8, mutation_chance=0.5, rate_every=3),
     "small": dict(stoch=32, units=64, rows=32, row_size=16, reads=1, games=64, population=4, window=16, gamma=0.9,
-                  total_games=24_000, checkpoint_every=2_000, evolve_every=500, mutation_chance=0.3, rate_every=20),
-    "paper": dict(stoch=256, units=256, rows=450, row_size=32, reads=4, games=32, population=30, window=100, gamma=0.99,
-                  total_games=13_500_000, checkpoint_every=10_000, evolve_every=1_000, mutation_chance=0.05,
-                  rate_every=100),
+                  total_games=24_000, checkpoint_every=2_000, evolve_every=2_000, mutation_chance=0.3, rate_every=20),
+    "paper": dict(stoch=256, units=256, rows=450, row_size=32, reads=4, games=8, population=30, window=100, gamma=0.99,
+                  total_games=450_000, checkpoint_every=500, evolve_every=1_000, mutation_chance=0.05, rate_every=100),
 }
+FOR_EACH = ("games", "total_games", "checkpoint_every")  # of these, SIZES has the share of one agent
 # fmt: on
 GENES = {  # what evolves, with the range of first values, log-uniform; the weights of the events come after these
     "learning_rate": (1e-3, 2e-3),
@@ -127,7 +126,8 @@ WEIGHTS = (0.2, 0.5)  # of w, one for each event; narrow, as the rates above: fo
 def resolve(args: Args) -> Args:
     """Fill what was left open (None) from the preset of --size. An explicit flag wins."""
     preset = SIZES[args.size]
-    args = replace(args, **{key: value for key, value in preset.items() if getattr(args, key) is None})
+    times = dict.fromkeys(FOR_EACH, max(1, args.population or preset["population"]))
+    args = replace(args, **{key: x * times.get(key, 1) for key, x in preset.items() if getattr(args, key) is None})
     for name, value in asdict(args).items():
         least = 0 if name in ("seed", "log_every", "value_scale", "mutation", "elo_step", "random_share") else 1e-12
         most = 1 if name in "gamma decay mutation mutation_chance evolve_above random_share".split() else 2**31
@@ -703,7 +703,7 @@ def train(args: Args) -> dict:
                     now["updates"] += 1
             for p in stats:  # once a match: what is not finite stops the run before it is saved
                 finite(stats[p])
-            ratings = elo(ratings, in_teams(who, game), match.outcome, args.elo_step)
+            ratings = elo(ratings, in_teams(who, game), match.outcome, args.elo_step / args.games)
             since += [(who == p).any(1).sum() for p in range(P)]
             before, now["games"], now["batches"] = now["games"], now["games"] + args.games, now["batches"] + 1
             now["steps"] += match.step * who.size
@@ -712,7 +712,7 @@ def train(args: Args) -> dict:
             for p, s in np.ndindex(P, len(scripted)) if now["batches"] % args.rate_every == 0 else ():
                 outcome, rated = duel(game, [agents[p], scripted[s]], {0: act[p]})
                 teams = np.where(rated.who == 0, p, P + s)
-                ratings = elo(ratings, in_teams(teams, game), rated.outcome, args.elo_step)
+                ratings = elo(ratings, in_teams(teams, game), rated.outcome, args.elo_step / args.games)
                 wins[p, s] = outcome.mean()
             ratings[P] = 500
 

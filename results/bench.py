@@ -45,7 +45,7 @@ CPU = {
     "DreamerV2 act, atari-fast, 16 environments": {**FAST, "act": 16},
     **{f"MemoryGame-6-v0, {x}": dict(module="merlin", game=x) for x in ("merlin", "rl_mem", "rl_lstm")},
     "FTW, the game alone": dict(population=0, games=64),
-    **{f"FTW, {n} in training": dict(population=n, total_games=192) for n in (4, 1)},
+    **{f"FTW, {n} in training": dict(population=n, total_games=192 * n) for n in (4, 1)},
     "PlaNet update, 50x50": dict(module="planet"),
     "PlaNet update, 50x50, small, vectors": dict(module="planet", size="small", shape=VECTOR),
     "PlaNet plan, 1 environment": dict(module="planet", shape=VECTOR, act=1),

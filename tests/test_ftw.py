@@ -739,6 +739,22 @@ def test_who_could_evolve_waits_again(tmp_path):
     assert sorted(saved["now"]["since"]) == [0, 0, 1, 1, 1, 1]  # who did not play counts nothing
 
 
+def test_presets_are_for_each_agent():
+    """Twice as many agents play twice as many matches, twice as many at once; an explicit number counts all."""
+    small = {p: ftw.resolve(ftw.Args(population=p, reward="events")) for p in (1, 4, 8)}
+    assert [(small[p].games, small[p].total_games) for p in small] == [(64, 24_000), (256, 96_000), (512, 192_000)]
+    paper = ftw.resolve(ftw.Args(size="paper", games=7))
+    assert (paper.games, paper.total_games, paper.evolve_every) == (7, 30 * 450_000, 1_000)
+
+
+def test_a_batch_is_worth_as_much_whatever_its_size(tmp_path, monkeypatch):
+    """--elo-step is of all matches that end at once, as they all meet the same ratings."""
+    steps, elo = [], ftw.elo
+    monkeypatch.setattr(ftw, "elo", lambda *given: (steps.append(given[-1]), elo(*given))[1])
+    ftw.train(short(tmp_path, games=2, total_games=2, rate_every=1, elo_step=6.0))
+    assert set(steps) == {3.0} and len(steps) == 1 + 3 * 2  # of training, and of three agents with two scripted ones
+
+
 def test_matches_of_training_are_rated(tmp_path, monkeypatch):
     """Once for each batch, by its teams and its outcome; rating matches come beside that."""
     rated, elo = [], ftw.elo
@@ -787,7 +803,7 @@ def test_acting_stores_z():
 
 
 def short(root, **flags):
-    flags = dict(env_kwargs='{"length": 16}', total_games=12) | flags
+    flags = dict(env_kwargs='{"length": 16}', games=4, total_games=12) | flags
     return ftw.Args(size="debug", device="cpu", run_root=str(root), **flags)
 
 

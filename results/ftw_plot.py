@@ -3,7 +3,8 @@
 
     python results/ftw_plot.py results/ftw FTW=runs/A,runs/B,runs/C self-play=runs/D,runs/E,runs/F
 
-One curve for each LABEL=RUNS: mean over its runs, band from least to greatest; a folder alone is its own label.
+One curve for each LABEL=RUNS: mean over its runs, band from least to greatest; a folder alone is its own label. By
+matches for each agent, as in the paper: a population of four has played four times as many.
 Above: Elo of the best agent, the random player pinned at 500 (dotted). Middle: points of the best agent in rating
 matches against the greedy player, draws count half, a moving mean (dashed: against the random one). Below: genes of the
 first curve, relative to their first mean. CSV: a row for each record, with the agent that is best there.
@@ -29,8 +30,9 @@ def read(label, run):
     for games in sorted(columns["elo/0"]):
         elo = [columns[f"elo/{p}"][games] for p in agents]
         best, at = agents[int(np.argmax(elo))], lambda tag, games=games: columns.get(tag, {}).get(games, float("nan"))
-        row = {"curve": label, "run": Path(run).name, "games": games, "best": max(elo), "median": float(np.median(elo))}
-        row |= {"greedy": at("elo/greedy"), "points_random": at(f"wins/{best}_against_random")}
+        row = {"curve": label, "run": Path(run).name, "agents": len(agents), "games": games}
+        row |= {"best": max(elo), "median": float(np.median(elo)), "greedy": at("elo/greedy")}
+        row |= {"points_random": at(f"wins/{best}_against_random")}
         row["points_greedy"] = at(f"wins/{best}_against_greedy")
         rows.append(row | {f"genes/{x}": float(np.mean([at(f"genes/{x}/{p}") for p in agents])) for x in GENES})
     return rows
@@ -46,12 +48,13 @@ def smooth(values):
 
 
 def together(runs, column, smoothed=False):
-    """Values of several runs at common numbers of games -> games, (runs, games)."""
-    games = np.linspace(0, min(rows[-1]["games"] for rows in runs), 200)
+    """Values of several runs at common numbers of matches for each agent -> matches, (runs, matches)."""
+    matches = [[row["games"] / row["agents"] for row in rows] for rows in runs]
+    games = np.linspace(0, min(x[-1] for x in matches), 200)
     curves = []
-    for rows in runs:
+    for x, rows in zip(matches, runs, strict=True):
         values = np.array([row[column] for row in rows])
-        curves.append(np.interp(games, [row["games"] for row in rows], smooth(values) if smoothed else values))
+        curves.append(np.interp(games, x, smooth(values) if smoothed else values))
     return games, np.array(curves)
 
 
@@ -78,7 +81,8 @@ def draw(path, curves):
     axes[0].axhline(500, color="black", linewidth=1, linestyle=":")
     axes[0].set_ylabel("Elo of the best agent")
     axes[1].set_ylabel("points against the greedy player\n(dashed: the random one)")
-    axes[2].set(xlabel="matches", ylabel=f"mean gene of {next(iter(curves))}, relative to its first", yscale="log")
+    axes[2].set(xlabel="matches for each agent", yscale="log")
+    axes[2].set_ylabel(f"mean gene of {next(iter(curves))}, relative to its first")
     for axis in axes:
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)

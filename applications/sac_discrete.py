@@ -25,6 +25,7 @@ Differs from the papers, on purpose:
 import copy
 import os
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -257,9 +258,8 @@ def train(args: Args) -> dict:
                 writer.add_scalar("charts/episodic_return", returns[n], step)
             if step < args.total_timesteps and before // args.checkpoint_every == step // args.checkpoint_every:
                 continue
-            parts = dict(agent=agent.state_dict(), optimizer=agent.optimizer.state_dict(), args=asdict(args))
-            parts |= dict(replay=(replay.data, replay.count), now=(step, updates, recent), source=SOURCE)
-            save(run_dir / "checkpoint.pt", **parts)
+            new = dict(agent=agent.state_dict(), optimizer=agent.optimizer.state_dict(), now=(step, updates, recent))
+            save(run_dir / "checkpoint.pt", **new, replay=(replay.data, replay.count), args=asdict(args), source=SOURCE)
             speed, score = (step - since) / (time.time() - began), float(np.mean(evaluate(agent, args)))
             for key, x in {**stats, "charts/eval_return": score, "charts/SPS": speed, "charts/frames": step}.items():
                 writer.add_scalar(key, x, step)
@@ -300,15 +300,15 @@ def evaluate(agent, args):
     (obs, _), going = envs.reset(seed=args.seed + 1_000), returns == 0
     while going.any():
         obs, reward, terminated, truncated, _ = envs.step(agent.act(obs, eval=True))
-        returns += reward * going
-        going &= ~(terminated | truncated)
+        returns, going = returns + reward * going, going & ~(terminated | truncated)
     return returns.tolist()
 
 
 def save(path, **state):
-    """Atomic: the whole new file takes the name, or the old one keeps it."""
-    torch.save(state, Path(path).with_suffix(".tmp"))
-    os.replace(Path(path).with_suffix(".tmp"), path)
+    """Atomic: the whole new file takes the name, or the old one keeps it; an error leaves nothing else."""
+    with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
+        torch.save(state, Path(folder, "new"))
+        os.replace(Path(folder, "new"), path)
 
 
 def load(path, need=()):

@@ -10,7 +10,7 @@ import pytest
 import sac_discrete as module
 import torch
 import toy_envs
-from helpers import Evil, same
+from helpers import Evil, full_disk, same
 from torch.utils.tensorboard import SummaryWriter
 
 SAMPLED = list(module.ESTIMATORS)
@@ -292,6 +292,16 @@ def test_transitions(run, plays, monkeypatch, num_envs):
     theirs = [key(obs, action, reward, after, end) for obs, action, after, reward, end in played]
     assert sorted(key(*(ring[i] for ring in data.values())) for i in range(count)) == sorted(theirs)
     assert result["updates"] == np.ceil((result["global_step"] - 20) * 0.5)
+
+
+def test_disk_is_full(run, tmp_path, monkeypatch):
+    """No space while a checkpoint is written: the one before stays, no half file is left."""
+    full_disk(monkeypatch)
+    with pytest.raises(RuntimeError, match="step 12.: OSError: .*No space"):
+        run()
+    (folder,) = tmp_path.iterdir()
+    assert 60 <= module.load(folder)["now"][0] < 63
+    assert all(x.name == "checkpoint.pt" or x.name.startswith("events.") for x in folder.iterdir())
 
 
 def test_evaluate(run, plays):

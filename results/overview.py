@@ -45,15 +45,17 @@ def beside(axes, row):
 
 
 def ftw(axes):
-    """Points of the best agent against the greedy player, draws counted half."""
-    with open(HERE / "ftw_ways.csv") as file:
+    """Points of the best agent against the greedy player, draws counted half; a line for each run."""
+    with open(HERE / "ftw.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["points_greedy"] != "nan"]
-    for label in dict.fromkeys(row["curve"] for row in rows):
-        own = [row for row in rows if row["curve"] == label]
+    labels = list(dict.fromkeys(row["curve"] for row in rows))
+    for label, run in dict.fromkeys((row["curve"], row["run"]) for row in rows):
+        own = [row for row in rows if row["run"] == run]
+        matches = [float(row["games"]) / float(row["agents"]) for row in own]
         points = smooth(np.array([float(row["points_greedy"]) for row in own]), 15)
-        axes.plot([float(row["games"]) for row in own], points, linewidth=1, label=label)
+        axes.plot(matches, points, linewidth=1, color=f"C{labels.index(label)}", label=label)
     axes.set_title("FTW: points against the greedy player", fontsize=9)
-    axes.set_xlabel("matches", fontsize=8)
+    axes.set_xlabel("matches for each agent", fontsize=8)
 
 
 def main():

@@ -824,15 +824,18 @@ def test_run(tmp_path, capsys):
     assert "greedy" in capsys.readouterr().out
     ftw_plot.main(str(tmp_path / "curve"), result["run_dir"], f"twice={result['run_dir']},{result['run_dir']}")
     lines = [line.split(",") for line in (tmp_path / "curve.csv").read_text().splitlines()]
-    assert [line[2] for line in lines] == ["games", *["4", "8", "12"] * 3] and (tmp_path / "curve.png").exists()
+    assert [line[2:4] for line in lines] == [["agents", "games"], *[["3", g] for g in ("4", "8", "12")] * 3]
+    assert (tmp_path / "curve.png").exists()
     assert [line[0] for line in lines[-6:]] == ["twice"] * 6
 
 
 def test_plotted_means():
-    """The moving mean of what is known; runs of different lengths meet on common numbers of games."""
+    """The moving mean of what is known; runs of different lengths meet on common numbers of matches for
+    each agent.
+    """
     values = np.array([np.nan, 1.0, np.nan, 3.0, *[5.0] * 20])
     assert np.isnan(ftw_plot.smooth(values)[0]) and ftw_plot.smooth(values)[[1, 2, 3, -1]].tolist() == [1, 1, 2, 5]
-    runs = [[{"games": g, "best": float(g)} for g in range(1, most)] for most in (11, 21)]
+    runs = [[{"agents": p, "games": p * g, "best": float(g)} for g in range(1, m)] for p, m in ((4, 11), (1, 21))]
     games, best = ftw_plot.together(runs, "best")
     assert games[-1] == 10 and best.shape == (2, 200) and np.allclose(best[:, -1], 10)
 

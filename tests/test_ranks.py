@@ -178,7 +178,7 @@ torch.save(seen, {str(tmp_path)!r} + "/seen." + ranks.os.environ["RANK"])
 
 def test_a_population_goes_on_with_other_ranks(tmp_path):
     """Two ranks, then one process, then two; other boards than before on each rank."""
-    flags = f"--size debug --device cpu --population 4 --run-root {tmp_path}".split()
+    flags = f"--size debug --device cpu --population 4 --games 4 --run-root {tmp_path}".split()
     two, one = [*TORCHRUN, "results/ranks.py", "ftw.py"], [sys.executable, "ftw.py"]
     assert run([*two, *flags, "--total-games", "24"], cwd=ROOT).returncode == 0
     (folder,), states = tmp_path.glob("*__*"), [torch.load(next(tmp_path.glob("*/checkpoint.pt")))]

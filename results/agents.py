@@ -15,7 +15,8 @@ import dreamerv3  # noqa: E402  # load and save are the same in every file
 KEYS = ("args", "agent", "source")  # of an agent of any file; ftw.py: a population, and its ratings
 POPULATION = ("args", "agents", "source", "now")
 HEADS = ("reward.", "cont.", "critic.", "slow_critic.")  # of the Dreamers, for training only
-HEADS += ("value.", "sign_of_reward.")  # of ftw.py
+HEADS += ("value.", "sign_of_reward.", "decoder.image_net.")  # of ftw.py and merlin.py
+LARGEST = 3 * 2**20  # bytes of a file in results/agents
 
 
 def blank(agent):
@@ -43,5 +44,5 @@ def shrink(run, path, most=float("inf")):
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         dreamerv3.fail("allowed: python results/agents.py runs/RUN results/agents/NAME.pt")
-    path = shrink(*sys.argv[1:])
+    path = shrink(*sys.argv[1:], most=LARGEST)
     print(f"{path}: {Path(path).stat().st_size / 2**20:.1f} MiB")

@@ -741,7 +741,7 @@ def train(args: Args) -> dict:
     except Exception as error:
         raise RuntimeError(f"{run_dir}, game {now['games']:,}: {type(error).__name__}: {error}") from error
     finally:
-        print(f"stopped   after {now['games']:,} games; the last checkpoint goes on by --resume {run_dir}", flush=True)
+        print(f"stopped   at game {now['games']:,}; its checkpoint, if any, goes on by --resume {run_dir}", flush=True)
         writer.close()
     best = int(ratings[:P].argmax())
     return {"run_dir": str(run_dir), **now, "elo": float(ratings[best]), **finite(stats.get(best, {}))}

@@ -661,7 +661,7 @@ def train(args: Args) -> dict:
     except Exception as error:
         raise RuntimeError(f"{run_dir}, policy step {step:,}: {type(error).__name__}: {error}") from error
     finally:
-        print(f"stopped   at step {step:,}; its last checkpoint goes on by --resume {run_dir}", flush=True)
+        print(f"stopped   at step {step:,}; its checkpoint, if any, goes on by --resume {run_dir}", flush=True)
         writer.close()
         with suppress(Exception):  # the environments of a broken simulator may raise again
             envs.close()

@@ -15,16 +15,17 @@ learning", Science 364 (2019), arXiv 1807.01281. "Lecture" is the course NPFL139
 
 Symbols in shapes: G games at once, N players of a game, B places that one agent plays in all games, T steps of a
 window, A numbers of an action, E embedding, Z latent variables, U units of the LSTMs, R rows of the memory with W
-numbers, K reads, X events.
+numbers, K reads, X events, P agents.
 
 A row of experience holds obs_t, the events that came with it, and the action chosen after seeing obs_t. The agent at
 row t sees obs[t], its own reward for the events of row t, and action[t-1]. All games of a batch begin and end together.
 
 Differs from the paper, on purpose:
 - A game of our own on small boards in the place of Quake III Arena; four agents in the place of 30.
-- Matches are played and rated in batches; each agent learns from its places in all of them, synchronously.
+- Matches are played and rated in batches, from all of which an agent learns at once; some are for the rating alone.
 - The memory is that of MERLIN by default, where z is stored and read by content; --memory dnc: as in the paper.
-- Losses are means over rows, where others take sums; the gradient norm is bounded.
+- Losses are means over rows, not sums; the gradient norm is bounded, and RMSProp corrected for its first steps.
+- First genes lie closer together, those of the KL lower; a capture is worth 3, to be tagged without a flag -1/4.
 - At first z has a deviation of 0.05 and a mean three times as large, in the place of 0.1 and 1: learning starts sooner.
 - Reward prediction is on the window that is learned from: half of the weight on rows with a reward, no older ones.
 - Half of the matches are against the random player: among equals that let nobody pass, none learns to go round walls.
@@ -60,14 +61,14 @@ class Args:
     env_kwargs: str = "{}"  # arguments for the game, as JSON; of this one: length, view, image
     players: int = 2  # of each team, 1 to 4; of the game of this file
     map: int = 9  # rows and columns of a board with its border: odd, 9 to 17; of the game of this file
-    games: int | None = None  # played at once; by --size, as what else is open below; small: 64 for each agent
+    games: int | None = None  # played at once; by --size, as what else is open below; small: 64 times the agents
     population: int | None = None  # agents; paper 30; 1: self-play
     reward: Literal["evolved", "events", "outcome"] = "evolved"  # w evolves | is the same for all | +-1 at the end
     core: Literal["ftw", "flat", "lstm"] = "ftw"  # two time scales | without the slow unit | an LSTM without latents
-    memory: Literal["merlin", "dnc", "none"] = "merlin"  # of the core; paper: dnc
+    memory: Literal["merlin", "dnc", "none"] = "merlin"  # of the core, but of lstm's; paper: dnc
     seed: int = 1  # of weights, sampling, matches and boards
-    size: Literal["debug", "small", "paper"] = "small"  # networks, window and ranges; small: for a CPU
-    total_games: int | None = None  # matches; small 24_000 for each agent, paper 450_000
+    size: Literal["debug", "small", "paper"] = "small"  # networks, window, population and matches; small: for a CPU
+    total_games: int | None = None  # matches; small 24_000 times the agents, paper 450_000 times
     window: int | None = None  # T, steps through which gradients flow; paper 100
     checkpoint_every: int | None = None  # matches between checkpoints
     log_every: float = 10.0  # seconds between progress lines
@@ -76,7 +77,7 @@ class Args:
     clip: float = 0.2  # largest gradient norm
     decay: float = 0.99  # of the mean square of gradients
     eps: float = 1e-10  # of the optimiser, inside the root; paper 1e-5 for sums, where means have smaller gradients
-    elo_step: float = 128.0  # points that all matches of a batch are worth at most
+    elo_step: float = 128.0  # the most points that a place in all matches of a batch is worth
     evolve_every: int | None = None  # matches of an agent between two evolutions of it; paper about 1,000
     evolve_above: float = 0.7  # win probability of a team of another agent from which on it is copied
     mutation: float = 0.2  # largest change of a gene, as a share
@@ -120,6 +121,7 @@ GENES = {  # what evolves, with the range of first values, log-uniform; the weig
     "slow_gradient": (0.1, 1.0),  # factor on the gradient from the fast to the slow unit
     "period": (5, 20),  # tau, steps between two of the slow unit: a whole number, uniform
 }
+PERIOD = list(GENES).index("period")
 WEIGHTS = (0.2, 0.5)  # of w, one for each event; narrow, as the rates above: four agents, not 30
 
 
@@ -152,7 +154,7 @@ def mlp(inputs, units, outputs):
 
 
 class ImageEncoder(nn.Module):
-    """The paper's: 8x8 stride 4, 4x4 stride 2, then two 3x3, each with what went into it added before its ReLU."""
+    """The paper's, but for the last ReLU: 8x8 stride 4, 4x4 stride 2, two 3x3, each with its input added to it."""
 
     def __init__(self, shape, units):
         super().__init__()
@@ -220,7 +222,8 @@ class Merlin(Nothing):
 
 class DNC(Nothing):
     """The memory of the differentiable neural computer (Graves et al. 2016): each access frees and allocates, writes a
-    row, and reads by content or along the order of writing. One write head, K read heads.
+    row, and reads by content or along the order of writing. One write head, K read heads. Products are exponentials of
+    sums of logs: the gradients of prod and cumprod wait for the device, and so cannot be captured.
     """
 
     def __init__(self, units, args):
@@ -236,18 +239,17 @@ class DNC(Nothing):
         parts = self.interface(h).float().split(self.parts, -1)
         keys, strengths, key, strength, erase, content, free, allocate, write, modes = parts
         M, usage, before = memory["memory"], memory["usage"], memory["read"]
-        retention = (1 - free.sigmoid()[..., None] * before).prod(1)  # (B, R)
+        retention = (1 - free.sigmoid()[..., None] * before).clamp(min=1e-6).log().sum(1).exp()  # (B, R)
         usage = (usage + memory["written"] - usage * memory["written"]) * retention
         ordered, index = (usage + 1e-6).sort(-1)  # least used first
-        room = (1 - ordered) * torch.cat([torch.ones_like(ordered[:, :1]), ordered[:, :-1].cumprod(-1)], -1)
+        room = (1 - ordered) * torch.cat([torch.ones_like(ordered[:, :1]), ordered[:, :-1].log().cumsum(-1).exp()], -1)
         room = torch.zeros_like(room).scatter(-1, index, room)  # (B, R)
         _, similar = read(M, key[:, None], 1 + F.softplus(strength))
         allocate, write = allocate.sigmoid(), write.sigmoid()
         written = write * (allocate * room + (1 - allocate) * similar[:, 0])  # (B, R)
         M = M * (1 - written[..., None] * erase.sigmoid()[:, None]) + written[..., None] * content[:, None]
         link = (1 - written[:, :, None] - written[:, None]) * memory["link"]  # (B, R, R)
-        link = link + written[:, :, None] * memory["order"][:, None]
-        link = link * (1 - torch.eye(link.shape[-1], device=link.device))
+        link = (link + written[:, :, None] * memory["order"][:, None]) * (1 - torch.eye(M.shape[1], device=M.device))
         order = (1 - written.sum(-1, keepdim=True)) * memory["order"] + written
         similar = read(M, keys.unflatten(1, (K, W)), 1 + F.softplus(strengths))[1]  # (B, K, R)
         modes = modes.unflatten(1, (K, 3)).softmax(-1)[..., None]  # (B, K, 3, 1)
@@ -317,16 +319,15 @@ class Core(nn.Module):
         memory = {key: state[f"memory/{key}"] for key in self.memory.shapes}
         prior = torch.zeros_like(state["z"]), torch.full_like(state["z"], 0.1)
         if self.kind == "ftw":
-            new = {key: state[key] for key in ("slow_h", "slow_c", "prior_mean", "prior_std")}
-        if self.kind == "ftw" and (ticks.is_cuda or ticks.any()):  # a captured step cannot ask
-            access = partial(self.memory.access, memory=memory)
-            seen = torch.cat([state["h"], state["found"]], -1)  # of the step before
-            h, c, _, mean, std, changed = self.slow(seen, state["slow_h"], state["slow_c"], access)
-            pick = lambda a, b: torch.where(ticks.view(-1, *[1] * (a.dim() - 1)), a, b)  # bit by bit b between ticks
-            ticked = {"slow_h": h, "slow_c": c, "prior_mean": mean, "prior_std": std}
-            new = {key: pick(value, state[key]) for key, value in ticked.items()}
-            memory = {key: pick(value, memory[key]) for key, value in changed.items()}
-        if self.kind == "ftw":
+            names = "slow_h", "slow_c", "prior_mean", "prior_std"
+            new = {key: state[key] for key in names}
+            if ticks.is_cuda or ticks.any():  # a captured step cannot ask
+                access = partial(self.memory.access, memory=memory)
+                seen = torch.cat([state["h"], state["found"]], -1)  # of the step before
+                h, c, _, mean, std, changed = self.slow(seen, state["slow_h"], state["slow_c"], access)
+                pick = lambda a, b: torch.where(ticks.view(-1, *[1] * (a.dim() - 1)), a, b)  # between ticks b, bitwise
+                new = {key: pick(x, state[key]) for key, x in zip(names, (h, c, mean, std), strict=True)}
+                memory = {key: pick(value, memory[key]) for key, value in changed.items()}
             prior = new["prior_mean"], new["prior_std"]
             inputs += [scale_gradient(y, factor) for y in (new["slow_h"], *prior)]
         access = partial(self.memory.access, memory=memory)
@@ -356,8 +357,7 @@ def pixel_change(image):
     """uint8 (B, T+1, H, W, C) -> (B, T, 20, 20): mean change of 4x4 cells of the middle 80x80, pixels in 0 to 1."""
     rows, columns = ((side - 80) // 2 for side in image.shape[2:4])
     x = image[:, :, rows : rows + 80, columns : columns + 80].float() / 255
-    change = (x[:, 1:] - x[:, :-1]).abs().mean(-1)  # (B, T, 80, 80)
-    return F.avg_pool2d(change, 4)
+    return F.avg_pool2d((x[:, 1:] - x[:, :-1]).abs().mean(-1), 4)  # of (B, T, 80, 80)
 
 
 def vtrace(reward, value, logp, logp_then, discount):
@@ -490,8 +490,7 @@ class Agent(nn.Module):
         some = (label > 0).float()
         share = (some * real).mean() / real.mean()
         weight = some / share.clamp(min=1e-6) + (1 - some) / (1 - share).clamp(min=1e-6)
-        loss = -logp.gather(-1, label[..., None])[..., 0] * weight / 2
-        return F.pad(loss, (2, 0))
+        return F.pad(-logp.gather(-1, label[..., None])[..., 0] * weight / 2, (2, 0))
 
     def pixel_control(self, z, batch):
         """n-step Q-learning of the change of pixels, discount 0.9, each part of the action on its own. -> (B, T)."""
@@ -545,17 +544,16 @@ def first_genes(count, rng, middle=False):
     """Random genes (GENES and weights of `count` events), or the geometric middle of their ranges. -> float32."""
     ranges = np.log([*GENES.values(), *[WEIGHTS] * count])
     genes = np.exp(ranges.mean(1) if middle else rng.uniform(*ranges.T))
-    genes[list(GENES).index("period")] = 10 if middle else rng.integers(5, 21)
+    genes[PERIOD] = 10 if middle else rng.integers(5, 21)
     return np.float32(genes)
 
 
 def mutate(genes, rng, args):
     """Each gene, by chance, times a factor near 1: no sign flips; tau is drawn anew from 5 to 20. -> float32."""
-    period, size = list(GENES).index("period"), args.mutation
     changes = rng.random(len(genes)) < args.mutation_chance
     changes[len(GENES) :] &= args.reward == "evolved"
-    new = genes * np.where(changes, rng.uniform(1 - size, 1 + size, len(genes)), 1)
-    new[period] = rng.integers(5, 21) if changes[period] else genes[period]
+    new = genes * np.where(changes, rng.uniform(1 - args.mutation, 1 + args.mutation, len(genes)), 1)
+    new[PERIOD] = rng.integers(5, 21) if changes[PERIOD] else genes[PERIOD]
     return np.float32(new)
 
 
@@ -592,19 +590,20 @@ def make_matches(ratings, games, places, rng):
 
 class Match:
     """Games in progress. players: agents, or names of scripted players; who: (G, N), which of them plays in each place;
-    act: {index of an agent: its act}, captured or not. On a GPU the B places of an agent are padded to a multiple of 8
+    act: {index of an agent: its act}, captured or not. On a GPU the B places of an agent are padded to a multiple of 32
     by its first one, with weight 0, so that few shapes are captured.
     """
 
     def __init__(self, game, players, who, act):
         self.game, self.players, self.who, self.act = game, players, who, act
-        self.places, self.states = {}, {}
+        self.places, self.states, self.period = {}, {}, {}
         for p in np.unique(who).tolist():
             place = np.nonzero(who == p)
             if p in act:
-                pad = -len(place[0]) % 8 if players[p].device.type == "cuda" else 0
+                pad = -len(place[0]) % 32 if players[p].device.type == "cuda" else 0
                 place = tuple(np.concatenate([x, np.repeat(x[:1], pad)]) for x in place)
                 self.states[p] = {f"state/{key}": x for key, x in players[p].initial(len(place[0])).items()}
+                self.period[p] = int(players[p].gene("period"))  # it waits for the device, so but once a match
             self.places[p] = place
         self.obs, self.step, self.outcome = game.reset(), 0, None
         self.events = np.zeros((*who.shape, len(game.points)), np.float32)  # of the last step
@@ -616,10 +615,11 @@ class Match:
         won = 2 * self.outcome[games] - 1 if over else np.zeros(len(games))  # of the first team
         row = {"events": self.events[games, index], "won": np.float32(won * (1 - 2 * self.game.team[index]))}
         row |= {"obs": self.obs[games, index], "last": np.full(len(games), over)}
-        row["ticks"] = np.full(len(games), self.step % int(agent.gene("period")) == 0)
+        row["ticks"] = np.full(len(games), self.step % self.period[p] == 0)
         row["weight"] = np.float32(np.arange(len(games)) < (self.who == p).sum())
         row = {key: torch.as_tensor(x).to(agent.device, non_blocking=True) for key, x in row.items()}
-        return {**row, "reward": agent.rewards(row.pop("events"), row.pop("won"))}
+        row["reward"] = agent.rewards(row.pop("events"), row.pop("won"))
+        return row
 
     def play(self):
         """One step of all games. -> {agent: its row, with "action", "logp", "noise"}."""
@@ -630,7 +630,7 @@ class Match:
                 continue
             row = self.row(p)
             out = self.act[p]({key: row[key] for key in ("obs", "reward", "ticks")} | self.states[p])
-            self.states[p] = {key: x for key, x in out.items() if key.startswith("state/")}
+            self.states[p] = {key: out[key] for key in self.states[p]}  # in the same order: it names a captured shape
             rows[p] = {**row, **{key: out[key].clone() for key in ("action", "logp", "noise")}}
             chosen, real = out["action"].cpu().numpy(), (self.who == p).sum()
             action[tuple(x[:real] for x in place)] = chosen[:real]
@@ -824,14 +824,14 @@ class CaptureTheFlag:
     """Capture the flag on G boards at once. Two teams of `players`; the first starts below, the second above.
 
     A step: all move, then tag, then touch flags. Who enters a wall stays; players may share a cell. A tag hits every
-    opponent within one cell, diagonals too; then the tag rests for COOLDOWN steps. Who is tagged drops the flag and
-    waits WAIT steps at home, unseen. Touching the flag of the others takes it up, touching the own one where it was
-    dropped returns it (this comes first); who carries the flag home captures, but only while the own flag is there. The
-    match ends after `length` steps; more captures win.
+    opponent within one cell, diagonals too; the next is COOLDOWN steps later at the earliest. Who is tagged drops the
+    flag and stands at home, unseen, until it moves again WAIT steps later. Touching the flag of the others takes it up,
+    touching the own one where it was dropped returns it (this comes first); who carries the flag home captures, but
+    only while the own flag is there. The match ends after `length` steps; more captures win.
 
     Actions: move (stay, ahead, back, left, right) and tag (no, yes); both teams see the other's base ahead. Seen are
     the cells around a player as planes of 0 and 1: walls, bases, flags (own, other), mates, opponents; then whether it
-    waits, carries, may tag. image: the same cells as a picture of 84 x 84 pixels.
+    waited, carries, could tag in the step just made. image: the same cells as a picture of 84 x 84 pixels.
     """
 
     COOLDOWN, WAIT = 4, 10
@@ -841,7 +841,7 @@ class CaptureTheFlag:
 
     def __init__(self, games, seed, players=2, size=9, view=4, length=128, image=False):
         if not (1 <= players <= 4 and 9 <= size <= 17 and size % 2 and length >= 1):
-            raise ValueError(f"players {players}, size {size}; allowed: 1 to 4, an odd number from 9 to 17")
+            raise ValueError(f"players {players}, size {size}, length {length}; allowed: 1 to 4; odd, 9 to 17; above 0")
         if not 1 <= view <= 8 or image and view not in (1, 3):
             raise ValueError(f"view {view}; allowed: 1 to 8, with image 1 or 3, as 84 is a multiple of 2 view + 1")
         self.games, self.players, self.size, self.view, self.length = games, players, size, view, length
@@ -948,7 +948,7 @@ class CaptureTheFlag:
             own, theirs = actors[kind][:, team], actors[kind][:, other]  # (G, N)
             by = own == self.p, (own >= 0) & (own != self.p), theirs >= 0  # me, a mate, an opponent
             events[..., 3 * i : 3 * i + 3] = np.stack(by, -1)
-        over = self.count == self.length
+        over = self.count >= self.length
         outcome = 0.5 + 0.5 * np.sign(self.score[:, 0] - self.score[:, 1]) if over else None
         return self.observe(), events, outcome
 
@@ -1048,8 +1048,9 @@ def make_game(args, games, seed):
         game = getattr(importlib.import_module(module), make)(games, seed, **kwargs)
         for name in "games team points events observation_space action_space reset step".split():
             assert hasattr(game, name), f"it lacks {name}"
-        choices, rng = game.action_space.nvec, np.random.default_rng(seed)
-        random_player = lambda: rng.integers(choices, size=(games, len(game.team), len(choices)))
+        assert isinstance(game.observation_space, spaces.Box), f"it shows {game.observation_space}, not a Box"
+        choices, game.rng = game.action_space.nvec, getattr(game, "rng", np.random.default_rng(seed))
+        random_player = lambda: game.rng.integers(choices, size=(games, len(game.team), len(choices)))
         game.scripted = {"random": random_player, **getattr(game, "scripted", {})}  # the random one comes first
         return game
     except Exception as error:  # of any kind: users' constructors run here
@@ -1111,7 +1112,7 @@ def write_match(agents, ratings, args, path):
             with torch.random.fork_rng([pair[0].device] if pair[0].device.type == "cuda" else []):
                 duel(game, pair, {0: pair[0].act, 1: pair[1].act}, frames)
             save_gif(path, frames)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a game that cannot be made for one match ends in fail
         warnings.warn(f"{path} was not made: {error}", stacklevel=1)
 
 
@@ -1142,9 +1143,8 @@ def load(path, need=()):
 def write_checkpoint(run_dir, args, agents, ratings, since, now, rng, game):
     """The whole population, between two batches of matches: from here a run goes on bit for bit."""
     parts = [{"agent": agent.state_dict(), "squares": agent.squares} for agent in agents]
-    generators = {"rng": rng, "game": getattr(game, "rng", rng)}
     states = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-    states |= {key: x.bit_generator.state for key, x in generators.items()}
+    states |= {key: x.bit_generator.state for key, x in {"rng": rng, "game": game.rng}.items()}
     counts = {"ratings": ratings.tolist(), "since": since.tolist(), **now}
     save(run_dir / "checkpoint.pt", agents=parts, now=counts, states=states, args=asdict(args), source=SOURCE)
 
@@ -1156,7 +1156,7 @@ def restore(saved, agents, rng, game):
         torch._foreach_copy_(agent.squares, part["squares"])
     states, now = saved["states"], dict(saved["now"])
     torch.set_rng_state(states["torch"])
-    rng.bit_generator.state, getattr(game, "rng", rng).bit_generator.state = states["rng"], states["game"]
+    rng.bit_generator.state, game.rng.bit_generator.state = states["rng"], states["game"]
     torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])  # none on a CPU
     return np.array(now.pop("ratings")), np.array(now.pop("since")), now
 

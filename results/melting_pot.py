@@ -38,8 +38,6 @@ class MeltingPot:
         self.games, self.team = games, np.arange(2 * players) % 2
         config, roles = substrate.get_config("paintball__capture_the_flag"), ("default",) * (2 * players)
         self.envs = [substrate.build_from_config(config, roles=roles) for _ in range(games)]
-        rng = np.random.default_rng(seed)
-        self.scripted = {"random": lambda: rng.integers(9, size=(games, 2 * players, 1))}
 
     def reset(self):
         self.score = np.zeros((self.games, 2), int)

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import shape_comments
 import torch
-from helpers import gif, same
+from helpers import gif, host_waits, same
 from PIL import Image
 
 import ftw
 
 STAY, AHEAD, BACK, LEFT, RIGHT = range(5)
 CASES = [dict(), dict(core="flat"), dict(core="lstm"), dict(memory="dnc"), dict(memory="none")]
+IMAGES = dict(env_kwargs=json.dumps({"image": True, "view": 3, "length": 12}))
 
 
 def board(games=1, players=2, **kwargs):
@@ -296,6 +297,29 @@ def test_unroll_repeats_acting(flags):
         parts = batch["action"][:, :-1].unbind(-1)
         logp = sum(x.gather(-1, i[..., None])[..., 0] for x, i in zip(logps, parts, strict=True))
         assert torch.allclose(logp, batch["logp"][:, :-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [*CASES, IMAGES])
+def test_nothing_waits_for_the_host(flags, monkeypatch):
+    """Neither an update nor acting; the ticks pose as those of a GPU, as on a CPU the slow unit is left out between."""
+    game, agent, _ = made(games=2, **flags)
+    match, batch = window(game, agent, 6)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: x.dtype == torch.bool))
+    assert host_waits(lambda: agent.update(batch)) == set()
+    inputs = {key: batch[key][:, 0] for key in ("obs", "reward", "ticks")} | match.states[0]
+    assert host_waits(lambda: agent.act(inputs)) == set()
+
+
+@pytest.mark.parametrize("flags", CASES)
+def test_one_shape_is_captured_once(flags):
+    """Captured goes by names in their order, too: all windows and steps have the same ones, and none that is not read."""
+    game, agent, _ = made(**flags)
+    shapes, act = [], agent.act
+    agent.act = lambda inputs: (shapes.append(list(inputs)), act(inputs))[1]
+    match, first = window(game, agent, 6)
+    second = match.window(6)[0]
+    assert list(first) == list(second) and all(shape == shapes[0] for shape in shapes)
+    assert not {"events", "won"} & first.keys()
 
 
 def test_the_slow_unit_keeps_its_state():
@@ -921,6 +945,17 @@ def test_a_game_of_ones_own(tmp_path, monkeypatch):
     assert set(table) == {"random", "median agent"}
 
 
+def test_a_game_of_ones_own_resumes_exactly(tmp_path, monkeypatch):
+    """The random player, too, whose numbers are drawn for it: ratings say so."""
+    (tmp_path / "guess2.py").write_text(OTHER)
+    monkeypatch.chdir(tmp_path)
+    flags = dict(env_id="guess2:make", env_kwargs="{}", rate_every=1)
+    whole = ftw.load(ftw.train(short(tmp_path / "a", total_games=24, **flags))["run_dir"])
+    first = ftw.train(short(tmp_path / "b", total_games=12, **flags))
+    second = ftw.load(ftw.train(ftw.Args(resume=first["run_dir"], total_games=24, device="cpu"))["run_dir"])
+    assert whole["now"] == second["now"]
+
+
 @pytest.mark.parametrize("scripted,names", [({}, ["random"]), ({"bot": "act"}, ["random", "bot"])])
 def test_the_random_player_is_there_in_any_game(scripted, names, tmp_path, monkeypatch):
     """First among the scripted ones, whatever others a game brings: training and ratings take it from there."""
@@ -941,6 +976,7 @@ def test_the_random_player_is_there_in_any_game(scripted, names, tmp_path, monke
         (dict(env_kwargs="[1"), "--env-kwargs [1"),
         (dict(env_kwargs='{"speed": 1}'), "speed"),
         (dict(env_kwargs='{"image": true}'), "view"),
+        (dict(env_kwargs='{"length": 0}'), "length 0"),
         (dict(env_id="nothing:make"), "--env-id nothing:make"),
         (dict(gamma=1.5), "--gamma 1.5"),
         (dict(random_share=-0.1), "--random-share -0.1: allowed: 0 or more, to 1"),
@@ -979,6 +1015,30 @@ def test_a_picture_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(ftw, "save_gif", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match="match.gif was not made"):
         assert ftw.train(short(tmp_path))["games"] == 12
+
+
+def test_a_game_that_cannot_be_made_for_one_match(tmp_path, monkeypatch):
+    """Costs the picture, not the run."""
+    one = "        if games == 1:\n            raise ValueError('two at least')\n        self.games"
+    (tmp_path / "pairs.py").write_text(OTHER.replace("        self.games", one))
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="match.gif was not made"):
+        assert ftw.train(short(tmp_path / "runs", env_id="pairs:make", env_kwargs="{}"))["games"] == 12
+
+
+def test_a_game_that_shows_no_box(tmp_path, monkeypatch, capsys):
+    box = "spaces.Box(-1, 1, (2,), np.float32)"
+    (tmp_path / "dicts.py").write_text(OTHER.replace(box, f"spaces.Dict(a={box})"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        ftw.train(short(tmp_path / "runs", env_id="dicts:make", env_kwargs="{}"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "not a Box" in error and error.count("\n") == 1
+
+
+def test_a_match_of_half_a_step(tmp_path):
+    """A length that is no whole number is the next one, not a match without an end."""
+    assert ftw.train(short(tmp_path, env_kwargs='{"length": 8.5}', total_games=4))["steps"] == 4 * 4 * 9
 
 
 def test_pictures_can_be_told_apart(tmp_path):
@@ -1044,7 +1104,7 @@ def test_melting_pot_events(melting_pot):
     assert game.reset().shape == (2, 4, 88, 88, 3) and game.team.tolist() == [0, 1, 0, 1]
     told, outcome = [], None
     while outcome is None:
-        obs, events, outcome = game.step(game.scripted["random"]())
+        obs, events, outcome = game.step(np.full((2, 4, 1), 8))
         assert (events[0] == events[1]).all()
         told.append([{name for name, x in zip(game.events, row, strict=True) if x == 1} for row in events[0]])
         assert set(np.unique(events)) <= {0, 1}

@@ -312,7 +312,7 @@ def test_nothing_waits_for_the_host(flags, monkeypatch):
 
 @pytest.mark.parametrize("flags", CASES)
 def test_one_shape_is_captured_once(flags):
-    """Captured goes by names in their order, too: all windows and steps have the same ones, and none that is not read."""
+    """Captured goes by names in their order, too: all windows and steps have the same, and none that nobody reads."""
     game, agent, _ = made(**flags)
     shapes, act = [], agent.act
     agent.act = lambda inputs: (shapes.append(list(inputs)), act(inputs))[1]

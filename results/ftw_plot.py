@@ -105,4 +105,7 @@ def main(name, *asked):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1].startswith("-"):
+        print(__doc__)
+        sys.exit(2)
     main(*sys.argv[1:])

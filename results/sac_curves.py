@@ -15,6 +15,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 
+if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+    print(__doc__)
+    sys.exit(2)
 rows = []
 for run in map(Path, sys.argv[1:]):
     args = torch.load(run / "checkpoint.pt", weights_only=True)["args"]

@@ -10,6 +10,7 @@ import torch
 from helpers import AGENTS, act, captured, experience, gumbel_agent, merlin_agent, merlin_window, same, window
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import ftw
 import merlin
 
 
@@ -119,6 +120,28 @@ def test_windows(agent, monkeypatch):
         return {**agent.update(batch), **{f"batch/{key}": x for key, x in batch.items()}}
 
     compare((eager, graph), learn, 6)
+
+
+@pytest.mark.parametrize("flags", [dict(), dict(core="flat", memory="dnc"), dict(core="lstm")], ids=str)
+def test_a_population(flags, tmp_path, monkeypatch):
+    """Whole runs of ftw.py, with agents that are copied and genes that change after the capture. Of each agent acting
+    is captured once, and the update twice: a match has windows of 8, 8 and 4 steps.
+    """
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: x.dtype == torch.bool))  # ticks as on a GPU
+    flags |= dict(size="debug", device="cpu", population=2, players=1, games=4, total_games=40, random_share=0)
+    flags |= dict(evolve_every=8, evolve_above=0.45, rate_every=4, env_kwargs='{"length": 20}')
+    eager = ftw.load(ftw.train(ftw.Args(**flags, run_root=str(tmp_path / "eager")))["run_dir"])
+    graphs.install(monkeypatch, ftw)
+    count = graphs.Graph.captured
+    graph = ftw.load(ftw.train(ftw.Args(**flags, run_root=str(tmp_path / "graph")))["run_dir"])
+    assert graphs.Graph.captured == count + 2 * 3
+    assert (
+        eager["now"] == graph["now"]
+        and same(eager["agents"], graph["agents"])
+        and same(*(x["states"] for x in (eager, graph)))
+    )
+    genes = torch.stack([part["agent"]["genes"] for part in graph["agents"]])
+    assert ((genes[0] == genes[1]).sum() > 2) and (genes[0] != genes[1]).any()  # one is the mutated copy of the other
 
 
 @pytest.mark.parametrize("estimator", ["st_gumbel_softmax", "reinforce", "muprop"])

@@ -247,7 +247,7 @@ def test_ftw_on_gpu(tmp_path):
     flags = dict(size="debug", run_root=str(tmp_path), env_kwargs='{"length": 16}', population=5)
     result = ftw.train(ftw.Args(device=DEVICE, **flags))
     for device in DEVICE, "cpu":
-        games = result["games"] + 12
+        games = result["games"] + 20  # two batches: debug plays two for each of five agents at once
         result = ftw.train(ftw.Args(resume=result["run_dir"], total_games=games, device=device))
         assert result["games"] == games and np.isfinite(result["losses/total"])
     assert ftw.train(ftw.Args(eval=result["run_dir"], eval_games=4, device=DEVICE))["table"]

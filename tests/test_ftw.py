@@ -867,7 +867,7 @@ def test_plotted_means():
 def test_shape_comments(tmp_path):
     """Every trailing shape comment holds in real runs, with sizes chosen to be told apart, and each one is reached."""
     sizes, missed = dict(stoch=6, units=24, rows=11, row_size=5, reads=2, games=3, window=9, rate_every=1), []
-    for flags in dict(), dict(memory="dnc"), dict(env_kwargs=json.dumps({"image": True, "view": 3, "length": 12})):
+    for flags in dict(), dict(memory="dnc"), IMAGES:
         args = short(tmp_path, total_games=3, population=3, **sizes, **flags)
         check = shape_comments.check(ftw.__file__, lambda args=args: ftw.train(args), {"Z": 6, "U": 24, "E": 24})
         assert check[0] == [] and len(check[1]) > 20
@@ -875,10 +875,15 @@ def test_shape_comments(tmp_path):
     assert set.intersection(*missed) == set()
 
 
-def test_resume_is_exact(tmp_path):
-    """A run in two parts is the run in one, bit for bit: weights, genes, ratings, boards."""
-    whole = ftw.load(ftw.train(short(tmp_path / "a", total_games=24))["run_dir"])
-    first = ftw.train(short(tmp_path / "b", total_games=12))
+@pytest.mark.parametrize("flags", [dict(), dict(env_id="guess2:make", env_kwargs="{}", rate_every=1)])
+def test_resume_is_exact(flags, tmp_path, monkeypatch):
+    """A run in two parts is the run in one, bit for bit: weights, genes, ratings, boards; with a game of one's own the
+    numbers of its random player, too, as ratings say.
+    """
+    (tmp_path / "guess2.py").write_text(OTHER)
+    monkeypatch.chdir(tmp_path)
+    whole = ftw.load(ftw.train(short(tmp_path / "a", total_games=24, **flags))["run_dir"])
+    first = ftw.train(short(tmp_path / "b", total_games=12, **flags))
     second = ftw.load(ftw.train(ftw.Args(resume=first["run_dir"], total_games=24, device="cpu"))["run_dir"])
     assert whole["now"] == second["now"] and whole["states"]["rng"] == second["states"]["rng"]
     assert whole["states"]["game"] == second["states"]["game"]
@@ -943,17 +948,6 @@ def test_a_game_of_ones_own(tmp_path, monkeypatch):
     assert np.isfinite(result["losses/total"])
     table = ftw.train(ftw.Args(eval=result["run_dir"], eval_games=8, device="cpu"))["table"]
     assert set(table) == {"random", "median agent"}
-
-
-def test_a_game_of_ones_own_resumes_exactly(tmp_path, monkeypatch):
-    """The random player, too, whose numbers are drawn for it: ratings say so."""
-    (tmp_path / "guess2.py").write_text(OTHER)
-    monkeypatch.chdir(tmp_path)
-    flags = dict(env_id="guess2:make", env_kwargs="{}", rate_every=1)
-    whole = ftw.load(ftw.train(short(tmp_path / "a", total_games=24, **flags))["run_dir"])
-    first = ftw.train(short(tmp_path / "b", total_games=12, **flags))
-    second = ftw.load(ftw.train(ftw.Args(resume=first["run_dir"], total_games=24, device="cpu"))["run_dir"])
-    assert whole["now"] == second["now"]
 
 
 @pytest.mark.parametrize("scripted,names", [({}, ["random"]), ({"bot": "act"}, ["random", "bot"])])

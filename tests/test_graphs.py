@@ -135,11 +135,8 @@ def test_a_population(flags, tmp_path, monkeypatch):
     count = graphs.Graph.captured
     graph = ftw.load(ftw.train(ftw.Args(**flags, run_root=str(tmp_path / "graph")))["run_dir"])
     assert graphs.Graph.captured == count + 2 * 3
-    assert (
-        eager["now"] == graph["now"]
-        and same(eager["agents"], graph["agents"])
-        and same(*(x["states"] for x in (eager, graph)))
-    )
+    for key in "now", "agents", "states":
+        assert same(eager[key], graph[key]), key
     genes = torch.stack([part["agent"]["genes"] for part in graph["agents"]])
     assert ((genes[0] == genes[1]).sum() > 2) and (genes[0] != genes[1]).any()  # one is the mutated copy of the other
 
